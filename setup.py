@@ -1,0 +1,5 @@
+"""Builds the wheel."""
+
+from setuptools import setup
+
+setup()
