@@ -1,0 +1,58 @@
+"""Linear, then GELU or SiLU, without a second copy of the activations.
+
+tanh-GELU is an epilogue of cuBLASLt, so there the activation costs nothing (`sfast_native.linear`). No library has exact GELU or
+SiLU as an epilogue; both are then applied in place to the product, which nobody else has seen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfast.kernels.native_ops import native_linear_takes
+from sfast.kernels.op import define
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x @ weightᵀ + bias): x [..., K], weight [D, K], bias [D] -> [..., D]."""
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def linear_silu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(x @ weightᵀ + bias): x [..., K], weight [D, K], bias [D] -> [..., D]."""
+    return F.silu(F.linear(x, weight, bias))
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    if approximate == "tanh" and native_linear_takes(x, weight, bias):
+        return torch.ops.sfast_native.linear(x, weight, bias, None, "gelu_tanh")
+    return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate=approximate)
+
+
+def _linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.silu(F.linear(x, weight, bias), inplace=True)
+
+
+def _takes_linear(x: Tensor, *rest: object) -> bool:
+    return x.is_floating_point()
+
+
+def _product_shape(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate) -> Tensor",
+    reference=linear_gelu_reference,
+    supports=_takes_linear,
+    launch=_linear_gelu,
+    fake=_product_shape,
+)
+define(
+    "linear_silu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference=linear_silu_reference,
+    supports=_takes_linear,
+    launch=_linear_silu,
+    fake=_product_shape,
+)

@@ -1,0 +1,42 @@
+"""Which inputs go to the compiled operators of `sfast_native`: half precision on CUDA, in the layout that tensor cores read.
+
+The compiled library is optional; everything here answers no where it is missing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def native_is_available() -> bool:
+    """Whether `torch.ops.sfast_native` can be called."""
+    try:
+        from sfast import native  # loads the compiled library at the first question, not when kernels are imported
+    except ImportError:
+        return False
+    return native.available()
+
+
+def native_conv2d_takes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether cuDNN's fused convolution can take these: fp16 or bf16 on one CUDA device, x [N, C, H, W] channels-last."""
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _agree(x, weight, bias, residual)
+        and native_is_available()
+    )
+
+
+def native_linear_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether cuBLASLt's fused product can take these: fp16 or bf16 on one CUDA device, x [..., K], weight [D, K]."""
+    return x.is_cuda and x.dtype in HALF and x.numel() > 0 and _agree(x, weight, bias) and native_is_available()
+
+
+def _agree(x: Tensor, *others: Tensor | None) -> bool:
+    return all(other is None or (other.dtype == x.dtype and other.device == x.device) for other in others)

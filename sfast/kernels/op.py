@@ -1,0 +1,67 @@
+"""How a kernel becomes an operator that cannot fail: `torch.ops.sfast.<name>` runs the kernel, or its plain PyTorch reference.
+
+An operator has three parts. The *reference* is plain PyTorch: it defines the result, it is the pattern that fusions look
+for, and it runs wherever the kernel cannot. `supports` says, from the inputs alone and without touching the GPU, whether
+the kernel can take them. `launch` runs the kernel. A launch that raises (a broken compiler, a corrupt kernel cache, a GPU
+that a kernel does not fit) is noted once, the kernel rests for that dtype and device, and the reference gives the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sfast.fallback import note
+
+LIBRARY = torch.library.Library("sfast", "FRAGMENT")
+
+# (operator, dtype, device) whose kernel has failed in this process
+_resting: set[tuple[str, torch.dtype, torch.device]] = set()
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    supports: Callable[..., bool],
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    """Register `torch.ops.sfast.<name>` for a schema such as `"linear_silu(Tensor x, Tensor weight) -> Tensor"`.
+
+    All four callables take the schema's arguments, in its order; the first is a tensor. `fake` gives the result's shape,
+    dtype and layout for tensors that have no data.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*args: Any) -> Any:
+        if not supports(*args):
+            return reference(*args)
+        key = (name, args[0].dtype, args[0].device)
+        if key in _resting:
+            return reference(*args)
+        try:
+            with torch.cuda.device_of(args[0]):
+                return launch(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _resting.add(key)
+            note(f"kernel {name} for {args[0].dtype} on {args[0].device}", f"runs as plain PyTorch: {first_line(error)}")
+            return reference(*args)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sfast::{name}", fake, lib=LIBRARY)
+
+
+def first_line(error: Exception) -> str:
+    """`RuntimeError: what it said`, cut to one line of a log."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def wake() -> None:
+    """Let every kernel that has failed try again."""
+    _resting.clear()
