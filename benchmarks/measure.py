@@ -1,0 +1,256 @@
+"""One variant of one model, measured: right first, then how long, how much memory and how many nodes.
+
+`reference` runs the model eager in its own precision and again with the same weights in fp32 (TF32 off). Every variant
+is compared with the fp32 outputs on fresh inputs, before its timing and after it, and is told to be wrong where its
+error leaves the neighbourhood of eager's own. Each of these functions expects a process of its own, so that a first call
+is a first call: nothing compiled, no kernel loaded, no cache filled.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.budget import profile_step
+from benchmarks.models import Draw, Inputs, Model, Parts, build, to_compile
+
+CHECK_SEEDS = (1001, 1002)  # the first before the timing, the second after it
+TIMING_SEED = 7
+STEPS = 3  # different inputs, in turn, as in a denoising loop
+WARM_UP = 6  # torch.compile's second call records its graphs and the third is the first replay
+TOLERATED = 1.5  # an error of more than this many times eager's is a wrong result
+ROUNDING = 1e-5  # relative; what another order of summation in fp32 may differ by, whatever eager's error
+
+# Rungs of the ladder: each adds to the one before it, and the last is `sfast` itself.
+LADDER: dict[str, dict[str, Any]] = {
+    "trace": dict(
+        enable_cuda_graph=False,
+        enable_triton=False,
+        enable_fused_linear_geglu=False,
+        enable_cnn_optimization=False,
+        enable_native=False,
+        memory_format=torch.contiguous_format,
+    ),
+    "graph": dict(enable_cuda_graph=True),
+    "channels-last": dict(memory_format=torch.channels_last),
+    "norms": dict(enable_triton=True),
+    "geglu": dict(enable_fused_linear_geglu=True),
+    "cnn": dict(enable_cnn_optimization=True),
+    "native": dict(enable_native=True),
+}
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "compile-default": {},
+    "compile-reduce-overhead": dict(mode="reduce-overhead"),
+    "compile-max-autotune": dict(mode="max-autotune"),
+}
+VARIANTS = ("eager", *COMPILE_OPTIONS, "sfast", *(f"sfast-{rung}" for rung in LADDER))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and on what to measure."""
+
+    device: str
+    iterations: int
+    seconds: float  # no more timed iterations after this long
+    profile: bool
+
+
+def reference(model: Model, settings: Settings, path: Path) -> dict[str, Any]:
+    """Write the fp32 outputs for the check inputs to `path`; return eager's error against them and a step's TFLOP."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = torch.device(settings.device)
+    parts = build(model, device)
+    with torch.no_grad():
+        eager = [_output(model.step(parts, inputs)) for inputs in _checks(model, device)]
+        with FlopCounterMode(display=False) as counter:
+            model.step(parts, _checks(model, device)[0])
+        _allow_tf32(False)
+        for module in parts.values():
+            module.float()
+        exact = [_output(model.step(parts, to_fp32(inputs))) for inputs in _checks(model, device)]
+    torch.save(exact, path)
+    errors = [relative_error(mine, right) for mine, right in zip(eager, exact, strict=True)]
+    return {"eager_error": max(errors), "tflop": counter.get_total_flops() / 1e12}
+
+
+def measure(model: Model, variant: str, settings: Settings, path: Path, eager_error: float) -> dict[str, Any]:
+    """The figures of `variant` as a row of results.csv, with a few more; no times where the outputs are wrong."""
+    device = torch.device(settings.device)
+    on_gpu = device.type == "cuda"
+    _import(variant)
+    parts = build(model, device)
+    inputs = model.inputs(model, Draw(TIMING_SEED, device, model.dtype), STEPS)
+    right = torch.load(path)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+
+    with torch.no_grad():
+        started = time.perf_counter()
+        compile_variant(model, parts, variant)
+        step = _step(model, parts, inputs, variant)
+        _output(step(0))
+        row: dict[str, Any] = {"first_call_s": time.perf_counter() - started}
+
+        for index in range(WARM_UP):
+            step(index)
+        errors = [_check(model, parts, variant, device, 0, right)]
+        times = _time(step, settings, on_gpu)
+        errors.append(_check(model, parts, variant, device, 1, right))
+        row["error"] = max(errors, key=lambda error: (error != error, error))
+        row["right"] = row["error"] <= TOLERATED * eager_error + ROUNDING
+        if row["right"]:
+            row.update(times)
+        if on_gpu:
+            row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            row["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            budget = profile_step(step)
+            row["nodes"] = round(budget.nodes)
+            row["kernel_ms"] = budget.kernel_ms
+            if settings.profile:
+                row["profile"] = budget.table()
+            row["gpu"] = torch.cuda.get_device_name()
+    if variant.startswith("sfast"):
+        row["report"] = _reports(model, parts)
+    return row
+
+
+def compile_variant(model: Model, parts: Parts, variant: str) -> None:
+    """Compile, in place, what `variant` compiles."""
+    if variant == "eager":
+        return
+    if variant in COMPILE_OPTIONS:
+        for module in to_compile(model, parts):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.compile(**COMPILE_OPTIONS[variant])
+        return
+    import sfast
+
+    config = sfast.CompilationConfig.Default()
+    for name, value in ladder_fields(variant).items():
+        setattr(config, name, value)
+    for module in to_compile(model, parts):
+        sfast.compile(module, config)
+
+
+def ladder_fields(variant: str) -> dict[str, Any]:
+    """The fields of `CompilationConfig` that `sfast-<rung>` sets; none for `sfast`."""
+    if variant == "sfast":
+        return {}
+    fields: dict[str, Any] = {}
+    for rung, added in LADDER.items():
+        fields.update(added)
+        if variant == f"sfast-{rung}":
+            return fields
+    raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant}")
+
+
+def relative_error(mine: Tensor, right: Tensor) -> float:
+    """||mine - right|| / ||right||; NaN where either has one."""
+    return float((mine - right).norm() / right.norm())
+
+
+def to_fp32(value: Any) -> Any:
+    """`value` with every floating-point tensor in it in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: to_fp32(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_fp32(item) for item in value)
+    return value
+
+
+def _import(variant: str) -> None:
+    """Import before the clock starts what the variant would otherwise import in its first call."""
+    if variant in COMPILE_OPTIONS:
+        import torch._dynamo
+        import torch._inductor.compile_fx
+    elif variant.startswith("sfast"):
+        import sfast  # noqa: F401
+
+
+def _step(model: Model, parts: Parts, inputs: list[Inputs], variant: str) -> Callable[[int], Tensor]:
+    def step(index: int) -> Tensor:
+        if variant in COMPILE_OPTIONS:
+            torch.compiler.cudagraph_mark_step_begin()
+        return model.step(parts, inputs[index % len(inputs)])
+
+    return step
+
+
+def _checks(model: Model, device: torch.device) -> list[Inputs]:
+    return [model.inputs(model, Draw(seed, device, model.dtype), 1)[0] for seed in CHECK_SEEDS]
+
+
+def _check(model: Model, parts: Parts, variant: str, device: torch.device, which: int, right: list[Tensor]) -> float:
+    fresh = [_checks(model, device)[which]]
+    return relative_error(_output(_step(model, parts, fresh, variant)(0)), right[which])
+
+
+def _output(output: Tensor) -> Tensor:
+    return output.detach().to("cpu", torch.float32)
+
+
+def _time(step: Callable[[int], Tensor], settings: Settings, on_gpu: bool) -> dict[str, float]:
+    """Median, p20 and p80 of the time from step to step; `wall_ms` and `cpu_ms` are the host's view, per step."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    events: list[torch.cuda.Event] = []
+    ends: list[float] = []
+    in_calls = 0.0
+    started = time.perf_counter()
+    if on_gpu:
+        events.append(_event())
+    for index in range(settings.iterations):
+        before = time.perf_counter()
+        step(index)
+        ends.append(time.perf_counter())
+        in_calls += ends[-1] - before
+        if on_gpu:
+            events.append(_event())
+        if ends[-1] - started > settings.seconds and index >= 4:
+            break
+    if on_gpu:
+        torch.cuda.synchronize()
+        periods = [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
+    else:
+        periods = [1000 * (end - start) for start, end in zip([started, *ends], ends, strict=False)]
+    wall_ms = 1000 * (time.perf_counter() - started) / len(periods)
+    fifths = statistics.quantiles(periods, n=5)
+    return {
+        "ms": statistics.median(periods),
+        "ms_p20": fifths[0],
+        "ms_p80": fifths[-1],
+        "wall_ms": wall_ms,
+        "cpu_ms": 1000 * in_calls / len(periods),
+    }
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _reports(model: Model, parts: Parts) -> str:
+    sfast = sys.modules["sfast"]
+    return "\n".join(str(sfast.report(module)) for module in to_compile(model, parts))
