@@ -37,7 +37,7 @@ def caution(version: str) -> str | None:
     if release(version) <= NEWEST_TESTED:
         return None
     newest = ".".join(map(str, NEWEST_TESTED))
-    return f"sfast was tested with torch up to {newest}, found {version}; if something breaks, {newest} is known to work"
+    return f"sfast was tested with torch up to {newest}, found {version}; if something breaks, take {newest}"
 
 
 def check_torch(version: str = torch.__version__) -> None:

@@ -1,0 +1,1 @@
+"""The import paths that users of stable-fast already have: their scripts run unchanged, on sfast's compiler."""
