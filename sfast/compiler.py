@@ -1,0 +1,101 @@
+"""`sfast.compile` on one page: find the modules, put a `Component` where each one's forward stood, change nothing else.
+
+Nothing is traced here. Each component traces itself at its first call, when it sees what it is called with; from there
+read on in `component.py`, `trace.py`, `rewrite.py`, `cuda_graph.py`, and `kernels/`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+
+from sfast import fallback
+from sfast.component import Component, component_of
+from sfast.components import find_components
+from sfast.config import CompilationConfig
+from sfast.versions import check_torch
+
+T = TypeVar("T")
+
+OLDEST_GPU = (7, 5)
+
+
+def compile(target: T, config: CompilationConfig | None = None) -> T:  # noqa: A001 - the name users know
+    """Make a diffusers pipeline, or any module, fast. Changes it in place and returns it.
+
+    Compiling again with an equal configuration does nothing; with another one, it starts over.
+
+    Args:
+        target: a `DiffusionPipeline` or a `torch.nn.Module`.
+        config: options; the defaults are lossless.
+
+    Raises:
+        TypeError: `target` or `config` is of the wrong type.
+        ValueError: there is nothing to compile in `target`, or a module's weights are on the meta device, or two fields
+            of `config` contradict each other.
+        RuntimeError: this torch is older than sfast supports.
+    """
+    check_torch()
+    config = _checked(config)
+    modules = find_components(target)
+    for name, module in modules.items():
+        _check_has_data(name, module)
+    for name, module in modules.items():
+        installed = component_of(module)
+        if installed is not None and installed.config == config:
+            continue
+        if installed is not None:
+            installed.remove()
+        why = _unsupported(module)
+        if why is not None:
+            fallback.note(name, f"stays eager: {why}")
+            continue
+        Component(name, module, config).install()
+    return target
+
+
+def restore(target: T) -> T:
+    """Take everything back: forwards, memory formats and values are as before `compile`, bit for bit.
+
+    Raises:
+        TypeError, ValueError: as `compile` does for something that cannot be compiled.
+    """
+    for module in find_components(target).values():
+        installed = component_of(module)
+        if installed is not None:
+            installed.remove()
+    return target
+
+
+def _checked(config: CompilationConfig | None) -> CompilationConfig:
+    if config is None:
+        return CompilationConfig()
+    if not isinstance(config, CompilationConfig):
+        raise TypeError(f"`config` must be a sfast.CompilationConfig or None, got {type(config).__name__}.")
+    config.check()
+    return copy.copy(config)  # assigning to the caller's object later must not change what is compiled
+
+
+def _check_has_data(name: str, module: torch.nn.Module) -> None:
+    for weight_name, weight in module.named_parameters():
+        if weight.is_meta and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"`{name}` cannot be compiled: its weight `{weight_name}` is on the meta device and has no data. "
+                "Load the weights first (`from_pretrained`, `to_empty` and `load_state_dict`)."
+            )
+
+
+def _unsupported(module: torch.nn.Module) -> str | None:
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return "it has no weights"
+    if weight.is_cuda:
+        capability = torch.cuda.get_device_capability(weight.device)
+        if capability < OLDEST_GPU:
+            have, need = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
+            return f"its GPU has compute capability {have}, {need} is the oldest supported"
+    return None
+
+

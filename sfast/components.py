@@ -1,0 +1,47 @@
+"""Which modules of a pipeline are worth compiling.
+
+Everything that computes is: denoisers, ControlNets, text and image encoders, and the two halves of an autoencoder (its
+`encode` and `decode` also slice, tile and sample, which stays eager). What runs once and only judges is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SKIPPED = {"safety_checker": "it judges the finished picture and is no part of making it"}
+
+
+def find_components(target: Any) -> dict[str, torch.nn.Module]:
+    """The modules to compile, by the name the report uses.
+
+    Raises:
+        TypeError: `target` is neither a module nor a pipeline.
+        ValueError: there is no module in it.
+    """
+    if isinstance(target, torch.nn.Module):
+        return _parts(type(target).__name__, target)
+    components = getattr(target, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            f"sfast.compile takes a diffusers pipeline or a torch.nn.Module, got {type(target).__name__}; "
+            "a pipeline is what `DiffusionPipeline.from_pretrained(...)` returns."
+        )
+    found: dict[str, torch.nn.Module] = {}
+    for name, component in components.items():
+        if isinstance(component, torch.nn.Module) and name not in SKIPPED:
+            found.update(_parts(name, component))
+    if not found:
+        raise ValueError(f"{type(target).__name__} has nothing to compile: none of its components is a torch.nn.Module.")
+    return found
+
+
+def _parts(name: str, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    if hasattr(module, "decode") and isinstance(getattr(module, "decoder", None), torch.nn.Module):
+        halves = {half: getattr(module, half, None) for half in ("encoder", "decoder")}
+        return {f"{name}.{half}": part for half, part in halves.items() if isinstance(part, torch.nn.Module)}
+    nets = getattr(module, "nets", None)
+    if isinstance(nets, torch.nn.ModuleList):  # several ControlNets, called one after the other
+        return {f"{name}.{i}": net for i, net in enumerate(nets)}
+    return {name: module}

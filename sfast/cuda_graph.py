@@ -1,0 +1,169 @@
+"""Replay instead of launching: one CUDA graph for each input shape, all in one memory pool of bounded size.
+
+Launching a denoiser step from Python takes longer than computing it. A captured graph is replayed with a single call, but
+its addresses are fixed: inputs are copied into buffers of its own, outputs are cloned out of the pool, so that results are
+safe to keep. Graphs share one pool because only one of them runs at a time; the least recently used ones are dropped when
+the pool outgrows its budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+_pools: dict[torch.device, GraphPool] = {}
+_pools_lock = threading.Lock()
+
+
+class OverBudget(RuntimeError):
+    """A single graph needs more memory than the budget allows."""
+
+
+def pool_of(device: torch.device) -> GraphPool:
+    """The one pool of a GPU."""
+    with _pools_lock:
+        if device not in _pools:
+            _pools[device] = GraphPool(device)
+        return _pools[device]
+
+
+class GraphRunner:
+    """One captured call. `runner(tensors)` copies the inputs in, replays, and returns fresh copies of the outputs."""
+
+    def __init__(self, pool: GraphPool, inputs: list[torch.Tensor]) -> None:
+        self.pool = pool
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [torch.empty_like(tensor, device=pool.device).copy_(tensor) for tensor in inputs]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: list[torch.Tensor] = []
+        self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
+        self.last_used = 0
+
+    def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.pool.replay(self, tensors)
+
+    def release(self) -> None:
+        """Give the graph and its buffers up."""
+        self.graph = None
+        self.inputs, self.outputs, self.driver_bytes = [], [], 0
+
+
+class GraphPool:
+    """The memory that all graphs of one GPU share, and the order in which they were used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.budget: int | None = None  # bytes
+        self._lock = threading.RLock()
+        self._runners: weakref.WeakSet[GraphRunner] = weakref.WeakSet()  # a deleted module's graphs go with it
+        self._clock = itertools.count(1)
+        self._handle = torch.cuda.graph_pool_handle()
+        self._capture_stream = torch.cuda.Stream(device)
+        self._last_stream: torch.cuda.Stream | None = None
+
+    # ------------------------------------------------------------------------------------------------------- capture
+
+    def capture(self, function: Function, inputs: list[torch.Tensor], budget: int | None = None) -> GraphRunner:
+        """Capture `function(inputs)`, dropping older graphs where memory asks for it.
+
+        Args:
+            function: launches work on the current stream and neither waits for the GPU nor reads results back.
+            inputs: tensors on this GPU with the shapes, dtypes and strides to capture for.
+            budget: bytes that the pool may hold afterwards.
+
+        Raises:
+            OverBudget: this graph alone needs more than the budget.
+            RuntimeError: the capture failed; nothing of it is left.
+        """
+        with self._lock, torch.cuda.device(self.device):
+            self.budget = budget if budget is not None else self.budget
+            if self.budget is None:
+                self.budget = torch.cuda.mem_get_info(self.device)[0] // 4
+            runner = self._capture(function, inputs)
+            while self.memory() > self.budget and len(self._runners) > 1:
+                self._release(min(self._runners - {runner}, key=lambda other: other.last_used))
+            if self.memory() > self.budget:
+                # Blocks of a shared pool return to the driver only with its last graph: start it anew with this one.
+                self._release(runner)
+                runner = self._capture(function, inputs)
+            if self.memory() > self.budget:
+                needed = self.memory()
+                self._release(runner)
+                raise OverBudget(f"its graph needs {needed} bytes and `graph_memory_budget` is {self.budget}")
+            return runner
+
+    def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
+        runner = GraphRunner(self, inputs)
+        graph = torch.cuda.CUDAGraph()
+        stream = self._capture_stream
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+            function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
+            free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                runner.outputs = function(runner.inputs)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says only that the capture was cut short
+                    graph.capture_end()
+                self._renew()
+                raise
+            graph.capture_end()
+            grown = torch.cuda.memory_reserved(self.device) - reserved
+            runner.driver_bytes = max(0, free - torch.cuda.mem_get_info(self.device)[0] - grown)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        runner.graph = graph
+        runner.last_used = next(self._clock)
+        self._runners.add(runner)
+        return runner
+
+    # -------------------------------------------------------------------------------------------------------- replay
+
+    def replay(self, runner: GraphRunner, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one captured graph on the current stream; graphs of the pool never overlap."""
+        with self._lock, torch.cuda.device(self.device), torch.no_grad():
+            assert runner.graph is not None, "a released graph cannot be replayed"
+            stream = torch.cuda.current_stream(self.device)
+            if self._last_stream is not None and self._last_stream != stream:
+                stream.wait_stream(self._last_stream)
+            self._last_stream = stream
+            runner.last_used = next(self._clock)
+            for buffer, tensor in zip(runner.inputs, tensors, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+            runner.graph.replay()
+            return [output.clone() for output in runner.outputs]
+
+    # -------------------------------------------------------------------------------------------------------- memory
+
+    def drop(self, runner: GraphRunner) -> None:
+        """Release one graph; its blocks serve the next capture, and return to the driver with the pool's last graph."""
+        with self._lock, torch.cuda.device(self.device):
+            self._release(runner)
+
+    def memory(self) -> int:
+        """Bytes of GPU memory that the pool and the graphs in it hold."""
+        with self._lock:
+            pool = tuple(self._handle)
+            segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == pool]
+            return sum(s["total_size"] for s in segments) + sum(runner.driver_bytes for runner in self._runners)
+
+    def _release(self, runner: GraphRunner) -> None:
+        if self._last_stream is not None:
+            self._last_stream.synchronize()  # it may still be running
+        self._runners.discard(runner)
+        runner.release()
+        self._renew()
+
+    def _renew(self) -> None:
+        if not self._runners:
+            self._handle = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()

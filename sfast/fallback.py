@@ -1,0 +1,36 @@
+"""What ran slower than it could, and why: one log line each, kept for the report.
+
+A fallback is never an error, but it must never be silent either. Everything in sfast that gives up on the fast way says so
+here; the first time it is logged, every time after that it is only remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+logger = logging.getLogger("sfast")
+
+_lock = threading.Lock()
+_noted: dict[tuple[str, str], None] = {}  # an ordered set
+
+
+def note(what: str, why: str) -> None:
+    """Log once that `what` (a component, a kernel, a feature) takes a slower way, and the reason."""
+    with _lock:
+        if (what, why) in _noted:
+            return
+        _noted[what, why] = None
+    logger.warning("%s: %s", what, why)
+
+
+def noted() -> list[tuple[str, str]]:
+    """Every (what, why) of this process, oldest first."""
+    with _lock:
+        return list(_noted)
+
+
+def forget() -> None:
+    """Forget all notes, so that the next one is logged again."""
+    with _lock:
+        _noted.clear()

@@ -1,0 +1,67 @@
+"""What `sfast.compile` did to a pipeline, in numbers and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from sfast import fallback
+from sfast.component import Component, component_of
+from sfast.components import find_components
+from sfast.cuda_graph import pool_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Counts over all compiled components; `str()` gives a table."""
+
+    components: list[str]  # names of what is compiled
+    traces: int  # how often a module was traced: once for each structure of its arguments
+    graphs: int  # captured CUDA graphs: one for each shape
+    fusions: dict[str, int]  # fusion -> how many places it found
+    fallbacks: list[tuple[str, str]]  # (what, why): what runs slower than it could
+    graph_memory: int  # bytes that captured graphs hold on the GPUs of this target
+    rows: list[tuple[str, int, int, int]] = dataclasses.field(repr=False, default_factory=list)
+
+    def __str__(self) -> str:
+        width = max([len("component"), *map(len, self.components)])
+        lines = [f"{'component':<{width}}  traces  graphs  fused"]
+        lines += [f"{name:<{width}}  {traces:>6}  {graphs:>6}  {fused:>5}" for name, traces, graphs, fused in self.rows]
+        if self.fusions:
+            width = max(map(len, self.fusions))
+            lines += ["", "fusions"] + [f"  {name:<{width}}  {count:>4}" for name, count in self.fusions.items()]
+        lines += ["", f"graph memory: {self.graph_memory / 2**20:.1f} MiB"]
+        lines += ["fallbacks: none"] if not self.fallbacks else ["fallbacks"]
+        lines += [f"  {what}: {why}" for what, why in self.fallbacks]
+        return "\n".join(lines)
+
+
+def report(target: Any) -> Report:
+    """What was compiled in `target` (a pipeline or module), how often it was traced and captured, and what fell back.
+
+    Raises:
+        TypeError, ValueError: as `sfast.compile` does for something that cannot be compiled.
+    """
+    installed: list[Component] = []
+    for module in find_components(target).values():
+        component = component_of(module)
+        if component is not None:
+            installed.append(component)
+    fusions: Counter[str] = Counter()
+    rows = []
+    for component in installed:
+        fired = component.fired()
+        fusions.update(fired)
+        rows.append((component.name, *component.counts(), fired.total()))
+    devices = {component.state.device for component in installed if component.state.device.type == "cuda"}
+    own = [(component.name, why) for component in installed for why in component.fallbacks]
+    return Report(
+        components=[component.name for component in installed],
+        traces=sum(row[1] for row in rows),
+        graphs=sum(row[2] for row in rows),
+        fusions=dict(fusions.most_common()),
+        fallbacks=own + fallback.noted(),
+        graph_memory=sum(pool_of(device).memory() for device in devices),
+        rows=rows,
+    )

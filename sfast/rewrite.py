@@ -1,0 +1,350 @@
+"""Find a plain PyTorch function inside a traced graph and put one fused operator in its place.
+
+A pattern is a function; it is traced and normalized like the model itself, so that both are spelled alike. The matcher
+walks back from the pattern's result through the graph: constants are compared by value, `add` and `mul` in both orders,
+and a value that someone outside the match still reads refuses the fusion. This is the only code that edits a graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fusion:
+    """A chain of small operators and the single operator that replaces it.
+
+    `torch.ops.sfast.<name>` takes the pattern's arguments in the pattern's order and returns what the pattern returns.
+    """
+
+    name: str
+    pattern: Callable[..., Any]
+    examples: tuple[Any, ...]  # what the pattern is traced with; a number, string or list here stands for any value of
+    #                            its kind, so it must differ from every constant inside the pattern
+    needs: tuple[str, ...] = ()  # config fields that must be on
+
+
+def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
+    """Normalize `graph`, apply every fusion wherever it matches, in order, and return how often each one fired."""
+    normalize(graph)
+    unsafe = _written_values(graph)
+    fired = Counter({fusion.name: fuse(graph, fusion, unsafe) for fusion in fusions})
+    torch._C._jit_pass_dce(graph)
+    torch._C._jit_pass_lint(graph)
+    return +fired
+
+
+# ----------------------------------------------------------------------------------------------- one spelling per idea
+
+
+def normalize(graph: Any) -> None:
+    """Spell every idea in one way, so that one pattern finds it."""
+    _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
+    torch._C._jit_pass_erase_shape_information(graph)
+    torch._C._jit_pass_inline(graph)
+    torch._C._jit_pass_lower_all_tuples(graph)
+    torch._C._jit_pass_remove_mutation(graph)
+    _simplify_sizes(graph)
+    torch._C._jit_pass_constant_propagation(graph)
+    _drop_identities(graph)
+    _name_convolutions(graph)
+    torch._C._jit_pass_cse(graph)
+    torch._C._jit_pass_constant_pooling(graph)
+    torch._C._jit_pass_dce(graph)
+    _constants_first(graph)
+
+
+_WHOLE = 2**63 - 1  # the end of `x[:]`
+
+
+def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None) -> None:
+    """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
+    writes = any(_writes(node) for node in graph.nodes())  # then `x / 1` may be a copy that is written to
+    for node in list(graph.nodes()):
+        kind, inputs = node.kind(), list(node.inputs())
+        constants = [value.toIValue() if _is_constant(value) else None for value in inputs]
+        identity = (
+            (kind in ("aten::dropout", "aten::feature_dropout") and constants[2] is False)
+            or (kind == "aten::slice" and constants[2:] in ([0, _WHOLE, 1], [None, None, 1]))
+            or (kind in ("aten::div", "aten::mul") and len(inputs) == 2 and _is_one(constants[1]))
+            and (same_dtype is not None and same_dtype(node) and not writes)
+        )
+        if identity and not _returned(graph, node):
+            node.output().replaceAllUsesWith(inputs[0])
+            node.destroy()
+
+
+def _is_one(constant: Any) -> bool:
+    return isinstance(constant, (int, float)) and not isinstance(constant, bool) and constant == 1
+
+
+def _keeps_dtype(node: Any) -> bool:
+    before, after = next(node.inputs()).type(), node.output().type()
+    known = before.kind() == after.kind() == "TensorType" and before.dtype() is not None
+    return known and before.dtype() == after.dtype()
+
+
+def _returned(graph: Any, node: Any) -> bool:
+    # An output of the graph must stay a value of its own, or it would be the caller's input.
+    ids = {value.unique() for value in graph.outputs()}
+    return any(value.unique() in ids for value in node.outputs())
+
+
+def _simplify_sizes(graph: Any) -> None:
+    """`Int(NumToTensor(size))` is the size: without the detour through a tensor it stays a plain integer."""
+    for node in list(graph.nodes()):
+        if node.kind() == "aten::Int":
+            source = node.input().node()
+            if source.kind() == "prim::NumToTensor" and str(source.input().type()) == "int":
+                node.output().replaceAllUsesWith(source.input())
+                node.destroy()
+
+
+def _name_convolutions(graph: Any) -> None:
+    """`_convolution` with its thirteen arguments → `conv1d`, `conv2d` or `conv3d`, which read the global flags when run."""
+    for node in list(graph.nodes()):
+        if node.kind() != "aten::_convolution":
+            continue
+        values = list(node.inputs())
+        stride, transposed, output_padding = (
+            value.toIValue() if _is_constant(value) else None for value in (values[3], values[6], values[7])
+        )
+        if stride is None or transposed is not False or output_padding is None or any(output_padding):
+            continue
+        operands = [*values[:3], *values[3:6], values[8]]
+        renamed = graph.create(f"aten::conv{len(stride)}d", operands, 1)
+        renamed.insertBefore(node)
+        node.output().replaceAllUsesWith(renamed.output())
+        node.destroy()
+
+
+def _constants_first(graph: Any) -> None:
+    """Constants before everything else, so that a fused operator may stand anywhere behind its tensors."""
+    nodes = list(graph.nodes())
+    first = next((node for node in nodes if node.kind() != "prim::Constant"), None)
+    for node in nodes if first is not None else ():
+        if node.kind() == "prim::Constant":
+            node.moveBefore(first)
+
+
+def drop_unused_inputs(graph: Any, count: int) -> list[int]:
+    """Erase those of the first `count` inputs that nothing reads; return the places of the ones that stay."""
+    inputs = list(graph.inputs())[:count]
+    used = [i for i, value in enumerate(inputs) if value.uses()]
+    for i in reversed(range(count)):
+        if not inputs[i].uses():
+            graph.eraseInput(i)
+    return used
+
+
+# ------------------------------------------------------------------------------------------------------------ matching
+
+
+@dataclasses.dataclass
+class _Pattern:
+    graph: Any  # keeps the values below alive
+    outputs: list[Any]
+    arguments: list[int]  # for each argument of the function: the id of its value
+    argument_ids: set[int]
+    argument_types: list[Any]  # TorchScript types from the operator's schema
+
+
+@functools.cache
+def _trace_pattern(fusion: Fusion) -> _Pattern:
+    """The pattern as a graph. Tensor arguments are its inputs, other arguments constants known by their example value."""
+    tensors = [example for example in fusion.examples if isinstance(example, torch.Tensor)]
+    names = list(inspect.signature(fusion.pattern).parameters)
+    assert len(names) == len(fusion.examples), f"{fusion.name}: one example for each of {names}"
+
+    def flat(*flat_inputs: torch.Tensor) -> Any:
+        rest = iter(flat_inputs)
+        return fusion.pattern(*[next(rest) if isinstance(e, torch.Tensor) else e for e in fusion.examples])
+
+    with torch.no_grad():
+        graph, _ = torch._C._create_graph_by_tracing(flat, tuple(tensors), lambda _: "", True, False)
+    normalize(graph)
+    inputs = iter(graph.inputs())
+    constants = {_freeze(n.output().toIValue()): n.output() for n in graph.nodes() if n.kind() == "prim::Constant"}
+    arguments = []
+    for name, example in zip(names, fusion.examples, strict=True):
+        value = next(inputs) if isinstance(example, torch.Tensor) else constants.get(_freeze(example))
+        assert value is not None, f"{fusion.name}: the pattern does not use `{name}`"
+        arguments.append(value.unique())
+    schema = getattr(torch.ops.sfast, fusion.name).default._schema
+    types = [argument.type for argument in schema.arguments]
+    return _Pattern(graph, list(graph.outputs()), arguments, set(arguments), types)
+
+
+def _freeze(constant: Any) -> Any:
+    return (type(constant), tuple(constant) if isinstance(constant, list) else constant)
+
+
+def fuse(graph: Any, fusion: Fusion, unsafe: frozenset[int] = frozenset()) -> int:
+    """Replace every place where `fusion.pattern` occurs by its operator; returns how many.
+
+    Args:
+        unsafe: ids of values whose memory some operator of the graph writes to; a match that touches one is refused.
+    """
+    pattern = _trace_pattern(fusion)
+    anchor_kind = pattern.outputs[0].node().kind()
+    fired = 0
+    for anchor in graph.findAllNodes(anchor_kind, False):
+        match = _match(pattern, anchor)
+        if match is not None and _replace(graph, fusion, pattern, match, unsafe):
+            fired += 1
+    return fired
+
+
+def _match(pattern: _Pattern, anchor: Any) -> dict[int, Any] | None:
+    """Values of the graph for each value of the pattern, if the pattern's first result can be `anchor`'s."""
+    start = pattern.outputs[0]
+    if anchor.outputsSize() <= start.offset():
+        return None
+    bound = _solve([(start, anchor.outputsAt(start.offset()))], {}, pattern)
+    complete = bound is not None and all(key in bound for key in (*pattern.arguments, *_ids(pattern.outputs)))
+    return bound if complete else None
+
+
+def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Pattern) -> dict[int, Any] | None:
+    """Unify all pairs of (pattern value, graph value), trying `add` and `mul` in both orders."""
+    if not pairs:
+        return bound
+    (wanted, value), rest = pairs[0], pairs[1:]
+    key = wanted.unique()
+    if key in bound:
+        return _solve(rest, bound, pattern) if bound[key].unique() == value.unique() else None
+    node = wanted.node()
+    if key in pattern.argument_ids:
+        expected = pattern.argument_types[pattern.arguments.index(key)]
+        return _solve(rest, {**bound, key: value}, pattern) if value.type().isSubtypeOf(expected) else None
+    if node.kind() == "prim::Constant":
+        same = _is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue())
+        return _solve(rest, bound, pattern) if same else None
+    other = value.node()
+    if other.kind() != node.kind() or value.offset() != wanted.offset() or other.inputsSize() != node.inputsSize():
+        return None
+    bound = {**bound, key: value}
+    wanted_inputs, inputs = list(node.inputs()), list(other.inputs())
+    orders = [inputs]
+    if _commutes(other, inputs):
+        orders.append([inputs[1], inputs[0], *inputs[2:]])
+    for order in orders:
+        found = _solve([*zip(wanted_inputs, order, strict=True), *rest], bound, pattern)
+        if found is not None:
+            return found
+    return None
+
+
+def _commutes(node: Any, inputs: list[Any]) -> bool:
+    if node.kind() == "aten::add":
+        return len(inputs) == 3 and _is_constant(inputs[2]) and inputs[2].toIValue() == 1
+    return node.kind() == "aten::mul"
+
+
+def _ids(values: list[Any]) -> list[int]:
+    return [value.unique() for value in values]
+
+
+def _is_constant(value: Any) -> bool:
+    return value.node().kind() == "prim::Constant"
+
+
+# ----------------------------------------------------------------------------------------------------------- replacing
+
+
+def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any], unsafe: frozenset[int]) -> bool:
+    """Put the operator in the place of the matched nodes, unless that could change what the graph computes."""
+    arguments = [match[key] for key in pattern.arguments]
+    results = [match[key] for key in _ids(pattern.outputs)]
+    inner = [value for key, value in match.items() if key not in pattern.argument_ids]
+    nodes = _in_order({value.unique(): value.node() for value in inner})
+    if _read_outside(inner, results, nodes) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
+        return False
+    place = _place(graph, nodes, arguments, results)
+    if place is None:
+        return False
+    fused = graph.create(f"sfast::{fusion.name}", arguments, len(results))
+    fused.insertBefore(place)
+    for old, new in zip(results, fused.outputs(), strict=True):
+        old.replaceAllUsesWith(new)
+    for node in reversed(nodes):
+        node.destroy()
+    return True
+
+
+def _in_order(nodes: dict[int, Any]) -> list[Any]:
+    ordered: list[Any] = []
+    for node in nodes.values():
+        if not any(_same(node, other) for other in ordered):
+            ordered.append(node)
+    ordered.sort(key=functools.cmp_to_key(lambda a, b: -1 if a.isBefore(b) else 1))
+    return ordered
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a.outputsSize() == b.outputsSize() and a.outputsAt(0).unique() == b.outputsAt(0).unique()
+
+
+def _read_outside(inner: list[Any], results: list[Any], nodes: list[Any]) -> bool:
+    allowed = set(_ids(results))
+    values = {output.unique(): output for node in nodes for output in node.outputs()}
+    for key, value in values.items():
+        if key in allowed:
+            continue
+        for use in value.uses():
+            user = use.user
+            if user.outputsSize() == 0 or not any(_same(user, node) for node in nodes):
+                return True
+    return False
+
+
+def _place(graph: Any, nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
+    """The node to insert before: behind all arguments and, with several results, before any reader of one."""
+    # With one result nobody reads the match before its last node; with several, a reader may stand in between.
+    place = nodes[-1] if len(results) == 1 else nodes[0]
+    inputs = set(_ids(list(graph.inputs())))
+    for argument in arguments:
+        if argument.unique() not in inputs and not argument.node().isBefore(place):
+            return None
+    return place
+
+
+def _written_values(graph: Any) -> frozenset[int]:
+    """Ids of all values that may share memory with one that an operator writes to (its name ends in `_`)."""
+    leader: dict[int, int] = {}
+
+    def find(key: int) -> int:
+        while leader.get(key, key) != key:
+            key = leader[key]
+        return key
+
+    written = []
+    for node in graph.nodes():
+        if _writes(node):
+            written.append(next(node.inputs()).unique())
+        if _writes(node) or _may_alias(node):
+            together = [v.unique() for v in (*node.inputs(), *node.outputs()) if "Tensor" in str(v.type())]
+            for other in together[1:]:
+                leader[find(other)] = find(together[0])
+    roots = {find(key) for key in written}
+    values = [v.unique() for node in graph.nodes() for v in (*node.inputs(), *node.outputs())]
+    return frozenset(key for key in values if find(key) in roots) if roots else frozenset()
+
+
+def _writes(node: Any) -> bool:
+    kind = node.kind()
+    return kind.startswith("aten::") and kind.endswith("_") and not kind.endswith("__")
+
+
+def _may_alias(node: Any) -> bool:
+    if node.kind().startswith("prim::"):
+        return node.kind() in ("prim::ListConstruct", "prim::ListUnpack", "prim::TupleConstruct", "prim::TupleUnpack")
+    schema = node.schema()
+    return not schema or "(a" in schema.rsplit("->", 1)[-1]

@@ -1,0 +1,203 @@
+"""A module's call as one flat graph of tensor operators, for every shape, without a copy of any weight.
+
+`torch.jit.trace` scripts each submodule first, bakes weights in, and loses or stumbles over some Python. Here a plain
+function over flat tensors is traced: the weights are *inputs* of the graph beside the activations, so an edited, moved or
+replaced weight needs no new trace, and the graph holds no memory of its own. Together with `rewrite.py` this is the only
+file that knows TorchScript.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from sfast import rewrite
+from sfast.structure import flatten, unflatten
+
+_tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
+
+
+@dataclasses.dataclass
+class Trace:
+    """A traced call: `run(weights, tensors)` computes it, for any shapes that take the same way through the module."""
+
+    function: Callable[..., Any]
+    used_weights: list[int]  # places in the weight list; a weight that no operator reads is not passed
+    output: Hashable  # description of the result, see structure.py
+    fusions: Counter[str]
+
+    def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The flat output tensors, computed operator by operator on the current stream, without gradients."""
+        with torch.no_grad(), torch.autocast(_device_type(tensors, weights), enabled=False), _plain_interpreter():
+            result = self.function(*[weights[i] for i in self.used_weights], *tensors)
+        return [result] if isinstance(result, torch.Tensor) else list(result)
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """The result as the module returns it."""
+        return unflatten(self.output, outputs)
+
+
+def trace(
+    forward: Callable[..., Any],
+    weights: list[torch.Tensor],
+    call: Hashable,
+    tensors: list[torch.Tensor],
+    fusions: list[rewrite.Fusion],
+) -> Trace:
+    """Trace `forward` at one call and fuse its graph.
+
+    Args:
+        forward: the module's eager forward.
+        weights: every tensor that the module owns and may read; no two the same object.
+        call, tensors: the call's (args, kwargs), as `structure.flatten` takes them apart.
+        fusions: what to fuse, in order.
+
+    Raises:
+        DecidesByValue: the module reads a tensor's value in Python.
+        Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
+        tensors, plain values and containers of them.
+    """
+    output: list[Hashable] = []
+
+    def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
+        results: list[torch.Tensor] = []
+        output.append(flatten(forward(*args, **kwargs), results))
+        # A result that is an input or a weight itself gets a value of its own in the graph.
+        return tuple([result.view_as(result) for result in results])
+
+    with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache(), _Repairs():
+        graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
+    if not list(graph.outputs()):
+        raise ValueError("the module returns no tensor")
+    fired = rewrite.rewrite(graph, fusions)
+    used = rewrite.drop_unused_inputs(graph, len(weights))
+    with _quiet():
+        function = torch._C._create_function_from_graph("forward", graph)
+    return Trace(function, used, output[0], fired)
+
+
+class DecidesByValue(RuntimeError):
+    """The module takes a Python decision from the values of a tensor, which no trace can repeat."""
+
+
+class _Repairs(TorchFunctionMode):
+    """Mends what a plain trace loses, and watches what it bakes in.
+
+    - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
+    - `round()` of a size works.
+    - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
+    - A tensor's *value* that becomes a Python number refuses the trace: the next call may decide otherwise.
+    """
+
+    _CONVERSIONS = frozenset(
+        (
+            torch.Tensor.__bool__,
+            torch.Tensor.__int__,
+            torch.Tensor.__float__,
+            torch.Tensor.__index__,
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == self._data:
+            return args[0].detach()
+        if func in self._CONVERSIONS and _depends_on_values(torch._C._get_value_trace(args[0])):
+            raise DecidesByValue(f"it decides in Python by the value of a tensor, {_where()}")
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> _Repairs:
+        torch.Tensor.__round__ = lambda tensor, digits=None: round(tensor.item(), digits)  # type: ignore[attr-defined]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        del torch.Tensor.__round__  # type: ignore[attr-defined]
+        super().__exit__(*error)
+
+
+_SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim", "prim::Constant"))
+
+
+def _depends_on_values(value: Any) -> bool:
+    """Whether a traced value is computed from the contents of an input, and not from sizes alone."""
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value.unique() in seen:
+            continue
+        seen.add(value.unique())
+        node = value.node()
+        if node.kind() == "prim::Param":
+            return True
+        if node.kind() not in _SHAPE_READERS:
+            pending += node.inputs()
+    return False
+
+
+def _where() -> str:
+    """The model's own source line, for a message."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__:
+            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+    return "somewhere in its forward"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the tracer's warnings and TorchScript's deprecation, here and nowhere else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        warnings.filterwarnings("ignore", message=".*TorchScript.*")
+        yield
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast must cast inside the trace, not reuse a weight that was cast before it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextlib.contextmanager
+def _plain_interpreter() -> Iterator[None]:
+    """Run the graph as it stands: no profiling runs, no re-optimization at a new shape."""
+    before = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(before)
+
+
+def is_tracing() -> bool:
+    """Whether someone (we, or the user's own trace) is tracing right now."""
+    return torch._C._get_tracing_state() is not None
+
+
+def _device_type(*groups: list[torch.Tensor]) -> str:
+    for group in groups:
+        for tensor in group:
+            return tensor.device.type
+    return "cpu"

@@ -1,0 +1,108 @@
+"""Is the compiled result the eager one? Asked once at every new shape, for the price of one eager call.
+
+A trace bakes the decisions that Python took; this is where a wrong one is caught before anybody sees its picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfast.structure import UnsupportedStructure, flatten
+
+if TYPE_CHECKING:
+    from sfast.component import Component
+
+# Largest ||compiled - eager|| / ||eager|| that rounding in another order explains. A wrong decision is far outside of it.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+TOLERANCE_TF32 = 5e-3  # fp32 on a GPU, where convolutions and matrix products may round to TF32
+
+
+class Check:
+    """Runs eager once, and compares what compiled code makes of the same inputs and random numbers."""
+
+    def __init__(self, component: Component, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+        self.refused: str | None = None  # why this call must not be compiled at all
+        state = component.state
+        self._device = state.device
+        self._before = _random_state(self._device)
+        given: list[torch.Tensor] = []
+        call = flatten((args, kwargs), given)
+        watched = [*given, *state.weights]
+        versions = [_version(tensor) for tensor in watched]
+
+        self.expected = component.eager(*args, **kwargs)
+
+        self._after = _random_state(self._device)
+        self._tensors: list[torch.Tensor] = []
+        self._structure: Hashable = None
+        now: list[torch.Tensor] = []
+        if [_version(tensor) for tensor in watched] != versions:
+            self.refused = "it writes to its arguments or weights"
+        elif flatten((args, kwargs), now) != call or any(a is not b for a, b in zip(now, given, strict=True)):
+            self.refused = "it changes the containers it is called with"
+        try:
+            self._structure = flatten(self.expected, self._tensors)
+        except UnsupportedStructure as error:
+            self.refused = f"its result cannot be rebuilt: {error}"
+        state.refresh()  # a module may fill caches during its first call
+
+    def rewind(self) -> None:
+        """Before each attempt: the random numbers that eager started with."""
+        _set_random_state(self._device, self._before)
+
+    def finish(self) -> None:
+        """The random numbers go on where one eager call has left them."""
+        _set_random_state(self._device, self._after)
+
+    def error(self, structure: Hashable, outputs: list[torch.Tensor]) -> str | None:
+        """What is wrong with the outputs, or None."""
+        if structure != self._structure:
+            return "the result has another structure than eager's"
+        for output, expected in zip(outputs, self._tensors, strict=True):
+            if output.shape != expected.shape or output.dtype != expected.dtype:
+                was = f"{output.dtype} {tuple(output.shape)}"
+                return f"a result is {was}, eager's is {expected.dtype} {tuple(expected.shape)}"
+            error, limit = relative_error(output, expected), tolerance(expected)
+            if not error <= limit:
+                return f"relative error {error:.3g} against eager, allowed {limit:g}"
+        return None
+
+
+def tolerance(tensor: torch.Tensor) -> float:
+    """Largest relative error accepted for a result of this dtype and device."""
+    if tensor.is_cuda and tensor.dtype is torch.float32:
+        return TOLERANCE_TF32
+    return TOLERANCE.get(tensor.dtype, 0.0)
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """||output - expected|| / ||expected||; infinite where one is finite and the other is not, or integers differ."""
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(output, expected) else float("inf")
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(output)):
+        return float("inf")
+    wide = torch.float64 if expected.dtype is torch.float64 else torch.float32
+    zero = torch.zeros((), dtype=wide, device=expected.device)
+    a, b = torch.where(finite, output.to(wide), zero), torch.where(finite, expected.to(wide), zero)
+    difference, size = torch.linalg.vector_norm(a - b).item(), torch.linalg.vector_norm(b).item()
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
