@@ -1,0 +1,175 @@
+#include <torch/csrc/stable/accelerator.h>
+
+#include <memory>
+
+#include "check.h"
+#include "cudnn_graph.h"
+#include "matmul.h"
+#include "ops.h"
+#include "plan_cache.h"
+#include "runtime.h"
+
+namespace sfast {
+namespace {
+
+constexpr const char* kOp = "sfast_native::conv2d";
+constexpr int64_t kMostWorkspace = 256ll << 20;  // bytes
+
+using Cache = PlanCache<ConvProblem::kFields, ConvPointers>;
+Cache& cache() {
+  static Cache* const made = new Cache;  // never destroyed: libraries that it holds may be gone at exit
+  return *made;
+}
+
+Activation parse_activation(const std::string& activation) {
+  if (activation == "none") return Activation::kNone;
+  if (activation == "relu") return Activation::kRelu;
+  if (activation == "silu") return Activation::kSilu;
+  fail(kOp, ": activation must be none, relu or silu, got ", activation);
+}
+
+std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
+  return {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
+}
+
+void check_channels_last(const Tensor& tensor, const char* name) {
+  const std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+  const std::vector<int64_t> strides = channels_last_strides(sizes);
+  for (size_t d = 0; d < 4; ++d) {
+    SFAST_CHECK(sizes[d] == 1 || tensor.stride(d) == strides[d], kOp, ": ", name,
+                " must be dense channels-last, got sizes ", to_string(tensor.sizes()), " strides ",
+                to_string(tensor.strides()));
+  }
+}
+
+// One integer stands for both dimensions, as in torch.nn.functional.conv2d.
+void read_pair(const std::vector<int64_t>& values, const char* name, int64_t least, int64_t pair[2]) {
+  SFAST_CHECK(values.size() == 1 || values.size() == 2, kOp, ": ", name, " must be one or two integers, got ",
+              values.size());
+  pair[0] = values.front(), pair[1] = values.back();
+  SFAST_CHECK(pair[0] >= least && pair[1] >= least, kOp, ": ", name, " must be at least ", least, ", got ", pair[0],
+              ", ", pair[1]);
+}
+
+int64_t out_size(int64_t in, int64_t filter, int64_t stride, int64_t padding, int64_t dilation) {
+  return (in + 2 * padding - dilation * (filter - 1) - 1) / stride + 1;
+}
+
+bool is_matmul(const ConvProblem& p) {
+  return p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0 &&
+         p.groups == 1 && p.c % 8 == 0 && p.k % 8 == 0 && p.activation != Activation::kSilu;
+}
+
+// A 1x1 convolution over channels-last memory is a matrix product over the pixels.
+void propose_matmuls(const ConvProblem& p, int most, Cache::Ways* ways) {
+  MatmulProblem problem{};
+  problem.device = p.device;
+  problem.dtype = p.dtype == CUDNN_DATA_HALF ? CUDA_R_16F : CUDA_R_16BF;
+  problem.m = p.n * p.h * p.w, problem.n = p.k, problem.k = p.c;
+  problem.ld_x = p.c, problem.ld_weight = p.c, problem.ld_residual = p.k;
+  problem.has_bias = p.has_bias, problem.has_residual = p.has_residual;
+  problem.epilogue = p.activation == Activation::kRelu ? Epilogue::kRelu : Epilogue::kNone;
+  const cublasLtHandle_t handle = cublaslt_handle(p.device);
+  int index = 0;
+  for (const MatmulAlgorithm& algorithm : matmul_algorithms(handle, problem, most)) {
+    ways->push_back({"cublasLt " + std::to_string(index++), algorithm.workspace,
+                     [=](const ConvPointers& at, void* workspace, cudaStream_t stream) {
+                       launch(handle, problem, algorithm, {at.x, at.weight, at.bias, at.residual, at.out}, workspace,
+                              stream);
+                     }});
+  }
+}
+
+void propose_plans(const ConvProblem& p, cudnnHandle_t handle, cudnnBackendHeurMode_t mode, AddOrder order, int most,
+                   Cache::Ways* ways) {
+  const Descriptor graph = operation_graph(handle, p, order);
+  for (const EngineConfig& config : engine_configs(graph, mode, 2 * most)) {
+    if (most == 0) break;
+    if (!config.exact) continue;
+    try {
+      const auto plan = std::make_shared<const Plan>(make_plan(handle, config));
+      if (plan->workspace > kMostWorkspace) continue;
+      const int64_t device = p.device;
+      ways->push_back({"cuDNN engine " + std::to_string(config.engine), plan->workspace,
+                       [=](const ConvPointers& at, void* workspace, cudaStream_t stream) {
+                         launch(cudnn_handle(device, stream), *plan, at, workspace);
+                       }});
+      --most;
+    } catch (const std::runtime_error&) {
+      continue;  // the heuristics may name an engine that then refuses this shape: the next one is tried
+    }
+  }
+}
+
+Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, int most) {
+  Cache::Ways ways;
+  if (is_matmul(p)) propose_matmuls(p, most, &ways);
+  if (static_cast<int>(ways.size()) == most) return ways;
+  const cudnnHandle_t handle = cudnn_handle(p.device, stream);
+  propose_plans(p, handle, CUDNN_HEUR_MODE_A, AddOrder::kResidualFirst, most, &ways);
+  if (ways.empty()) propose_plans(p, handle, CUDNN_HEUR_MODE_FALLBACK, AddOrder::kResidualFirst, most, &ways);
+  return ways;
+}
+
+}  // namespace
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+              std::string activation) {
+  const auto dtype = half_dtype(x, kOp);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  SFAST_CHECK(x.dim() == 4 && weight.dim() == 4, kOp, ": x and weight must have 4 dimensions, got ",
+              to_string(x.sizes()), " and ", to_string(weight.sizes()));
+
+  ConvProblem p{};
+  p.device = x.get_device_index();
+  p.dtype = dtype == torch::headeronly::ScalarType::Half ? CUDNN_DATA_HALF : CUDNN_DATA_BFLOAT16;
+  p.n = x.size(0), p.c = x.size(1), p.h = x.size(2), p.w = x.size(3);
+  p.k = weight.size(0), p.r = weight.size(2), p.s = weight.size(3);
+  read_pair(stride, "stride", 1, p.stride);
+  read_pair(padding, "padding", 0, p.padding);
+  read_pair(dilation, "dilation", 1, p.dilation);
+  p.groups = groups;
+  SFAST_CHECK(groups >= 1 && p.c == weight.size(1) * groups && p.k % groups == 0, kOp,
+              ": weight [K, C/groups, R, S] must fit x [N, C, H, W], got ", to_string(weight.sizes()), " and ",
+              to_string(x.sizes()), " with groups ", groups);
+  p.p = out_size(p.h, p.r, p.stride[0], p.padding[0], p.dilation[0]);
+  p.q = out_size(p.w, p.s, p.stride[1], p.padding[1], p.dilation[1]);
+  SFAST_CHECK(x.numel() > 0 && weight.numel() > 0 && p.p > 0 && p.q > 0, kOp, ": nothing to compute for x ",
+              to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
+
+  check_operand(x, "x", x, kOp);
+  check_operand(weight, "weight", x, kOp);
+  check_channels_last(x, "x");
+  check_channels_last(weight, "weight");
+  const std::vector<int64_t> sizes = {p.n, p.k, p.p, p.q};
+  if (bias) {
+    check_operand(*bias, "bias", x, kOp);
+    SFAST_CHECK(bias->dim() == 1 && bias->size(0) == p.k && bias->is_contiguous(), kOp, ": bias must be contiguous [",
+                p.k, "], got ", to_string(bias->sizes()));
+  }
+  if (residual) {
+    check_operand(*residual, "residual", x, kOp);
+    SFAST_CHECK(std::vector<int64_t>(residual->sizes().begin(), residual->sizes().end()) == sizes, kOp,
+                ": residual must have the result's shape, got ", to_string(residual->sizes()), " for x ",
+                to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
+    check_channels_last(*residual, "residual");
+  }
+  p.has_bias = bias.has_value();
+  p.has_residual = residual.has_value();
+  p.activation = parse_activation(activation);
+
+  Tensor out = empty_strided(sizes, channels_last_strides(sizes), x);
+  const cudaStream_t stream = current_stream(p.device);
+  const ConvPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+                              residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
+  cache().run(p.key(), "conv2d " + p.describe(), p.device, stream, pointers,
+              [&](int most) { return propose(p, stream, most); });
+  return out;
+}
+
+std::string conv2d_plans() {
+  return cache().describe();
+}
+
+}  // namespace sfast

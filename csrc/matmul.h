@@ -1,0 +1,46 @@
+// act(x weight^T + bias + residual) as one cuBLASLt call, over row-major matrices: x [m,k], weight [n,k], out [m,n].
+#pragma once
+
+#include <cublasLt.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace sfast {
+
+enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh };
+
+struct MatmulProblem {
+  int64_t device, dtype;  // dtype: a cudaDataType_t
+  int64_t m, n, k;
+  int64_t ld_x, ld_weight, ld_residual;  // elements from row to row
+  int64_t has_bias, has_residual;
+  Epilogue epilogue;
+
+  static constexpr size_t kFields = 11;
+  std::array<int64_t, kFields> key() const;
+  std::string describe() const;
+};
+
+struct MatmulPointers {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  const void* residual;
+  void* out;
+};
+
+struct MatmulAlgorithm {
+  cublasLtMatmulAlgo_t algorithm;
+  int64_t workspace = 0;  // bytes
+};
+
+// The heuristics' proposals, best first; empty where cuBLASLt has no kernel for the problem.
+std::vector<MatmulAlgorithm> matmul_algorithms(cublasLtHandle_t handle, const MatmulProblem& problem, int most);
+
+void launch(cublasLtHandle_t handle, const MatmulProblem& problem, const MatmulAlgorithm& algorithm,
+            const MatmulPointers& pointers, void* workspace, cudaStream_t stream);
+
+}  // namespace sfast

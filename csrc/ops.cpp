@@ -1,0 +1,37 @@
+// The native ops: PyTorch operators over cuDNN and cuBLASLt, on PyTorch's stable ABI, so that one binary serves many
+// versions of PyTorch. They raise on what they do not support; the caller then runs plain PyTorch.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sfast_native, m) {
+  // act(conv2d(x, weight) + bias + residual), rounded once. x, weight, residual and the result are dense channels-last
+  // float16 or bfloat16 (weight [K, C/groups, R, S]; residual has the result's shape); activation: none, relu or silu.
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+      "int groups, str activation) -> Tensor");
+
+  // act(x weight^T + bias + residual), rounded once. x [..., K], weight [N, K], residual [..., N], float16 or bfloat16,
+  // rows evenly spaced, last dimension contiguous; activation: none, relu or gelu_tanh.
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+
+  // One line for each problem met so far: what runs it, its milliseconds, how long the choice took.
+  m.def("plans() -> str");
+}
+
+namespace {
+
+std::string plans() {
+  return sfast::conv2d_plans() + sfast::linear_plans();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sfast_native, CUDA, m) {
+  m.impl("conv2d", TORCH_BOX(&sfast::conv2d));
+  m.impl("linear", TORCH_BOX(&sfast::linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sfast_native, CompositeExplicitAutograd, m) {
+  m.impl("plans", TORCH_BOX(&plans));
+}

@@ -1,0 +1,25 @@
+// The ops' C++ faces; their meaning is written beside the schemas in ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace sfast {
+
+using torch::stable::Tensor;
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+              std::string activation);
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::string activation);
+
+// One line for each problem seen so far: what was chosen, how fast it ran, how long the choice took.
+std::string conv2d_plans();
+std::string linear_plans();
+
+}  // namespace sfast

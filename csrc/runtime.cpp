@@ -1,0 +1,179 @@
+#include "runtime.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+
+#include "check.h"
+
+namespace sfast {
+namespace {
+
+using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, decltype(&cudaEventDestroy)>;
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, decltype(&cudaGraphDestroy)>;
+using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, decltype(&cudaGraphExecDestroy)>;
+using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, decltype(&cudaStreamDestroy)>;
+
+Event make_event() {
+  cudaEvent_t event = nullptr;
+  CUDA_CHECK(cudaEventCreate(&event));
+  return Event(event, &cudaEventDestroy);
+}
+
+float time_once(const std::function<void()>& work, cudaStream_t stream) {
+  const Event begin = make_event(), end = make_event();
+  CUDA_CHECK(cudaEventRecord(begin.get(), stream));
+  work();
+  CUDA_CHECK(cudaEventRecord(end.get(), stream));
+  CUDA_CHECK(cudaEventSynchronize(end.get()));
+  float ms = 0;
+  CUDA_CHECK(cudaEventElapsedTime(&ms, begin.get(), end.get()));
+  return ms;
+}
+
+// Short work is timed as a graph of many launches, so that the processor's launch time stays out of the figure.
+GraphExec repeat_as_graph(const std::function<void(cudaStream_t)>& work, int times) {
+  cudaStream_t raw_stream = nullptr;
+  CUDA_CHECK(cudaStreamCreateWithFlags(&raw_stream, cudaStreamNonBlocking));
+  const Stream side(raw_stream, &cudaStreamDestroy);
+  CUDA_CHECK(cudaStreamBeginCapture(side.get(), cudaStreamCaptureModeRelaxed));
+  std::exception_ptr error;
+  try {
+    for (int i = 0; i < times; ++i) work(side.get());
+  } catch (...) {
+    error = std::current_exception();
+  }
+  cudaGraph_t raw_graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(side.get(), &raw_graph);
+  const Graph graph(raw_graph, &cudaGraphDestroy);
+  if (error) std::rethrow_exception(error);
+  CUDA_CHECK(ended);
+  cudaGraphExec_t raw_exec = nullptr;
+  CUDA_CHECK(cudaGraphInstantiate(&raw_exec, graph.get(), 0));
+  return GraphExec(raw_exec, &cudaGraphExecDestroy);
+}
+
+}  // namespace
+
+cudaStream_t current_stream(int64_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+cudnnHandle_t cudnn_handle(int64_t device, cudaStream_t stream) {
+  thread_local std::map<int64_t, cudnnHandle_t> handles;  // outlive the thread: destroying one at exit is unsafe
+  cudnnHandle_t& handle = handles[device];
+  if (handle == nullptr) CUDNN_CHECK(cudnnCreate(&handle));
+  CUDNN_CHECK(cudnnSetStream(handle, stream));
+  return handle;
+}
+
+cublasLtHandle_t cublaslt_handle(int64_t device) {
+  static std::mutex mutex;
+  static std::map<int64_t, cublasLtHandle_t> handles;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cublasLtHandle_t& handle = handles[device];
+  if (handle == nullptr) CUBLAS_CHECK(cublasLtCreate(&handle));
+  return handle;
+}
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cuda(), like.get_device_index(),
+                                                  &made));
+  return Tensor(made);
+}
+
+Workspace::Workspace(int64_t bytes, int64_t device) {
+  if (bytes <= 0) return;
+  const int64_t stride = 1;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                  aoti_torch_device_type_cuda(), static_cast<int32_t>(device), &made));
+  memory_ = Tensor(made);
+  address_ = memory_.mutable_data_ptr();
+}
+
+RelaxedCapture::RelaxedCapture() {
+  CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_));
+}
+RelaxedCapture::~RelaxedCapture() {
+  cudaThreadExchangeStreamCaptureMode(&mode_);
+}
+
+std::vector<float> time_each(const std::vector<std::function<void(cudaStream_t)>>& candidates, cudaStream_t stream) {
+  constexpr float kEnoughMs = 0.2f;  // a launch this long needs no repetition
+  constexpr float kHopeless = 2.0f;  // times the best
+  const float kNever = std::numeric_limits<float>::infinity();
+
+  std::vector<float> ms(candidates.size(), kNever);
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    try {
+      candidates[i](stream);  // the first launch loads the kernel
+      ms[i] = time_once([&] { candidates[i](stream); }, stream);
+    } catch (const std::exception&) {
+      cudaGetLastError();  // the candidate stays at infinity; its error must not surface in a later call
+    }
+  }
+  const float best = candidates.empty() ? kNever : *std::min_element(ms.begin(), ms.end());
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    if (!(ms[i] < kHopeless * std::max(best, 0.02f))) continue;
+    const int times = std::clamp(static_cast<int>(kEnoughMs / ms[i]), 1, 8);
+    float fastest = kNever;
+    if (times == 1) {
+      for (int round = 0; round < 2; ++round) {
+        fastest = std::min(fastest, time_once([&] { candidates[i](stream); }, stream));
+      }
+    } else {
+      const GraphExec graph = repeat_as_graph(candidates[i], times);
+      for (int round = 0; round < 3; ++round) {
+        fastest = std::min(fastest, time_once([&] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); }, stream));
+      }
+    }
+    ms[i] = fastest / times;
+  }
+  return ms;
+}
+
+torch::headeronly::ScalarType half_dtype(const Tensor& x, const char* op) {
+  SFAST_CHECK(x.is_cuda(), op, ": x must be a CUDA tensor");
+  const auto dtype = x.scalar_type();
+  SFAST_CHECK(dtype == torch::headeronly::ScalarType::Half || dtype == torch::headeronly::ScalarType::BFloat16, op,
+              ": x must be float16 or bfloat16, got scalar type ", static_cast<int>(dtype));
+  return dtype;
+}
+
+void check_operand(const Tensor& tensor, const char* name, const Tensor& x, const char* op) {
+  SFAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ", name,
+              " must lie on x's device");
+  SFAST_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype, got scalar types ",
+              static_cast<int>(tensor.scalar_type()), " and ", static_cast<int>(x.scalar_type()));
+  SFAST_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, op, ": ", name,
+              " must start at a multiple of 16 bytes");
+}
+
+std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << "]";
+  return text.str();
+}
+
+}  // namespace sfast

@@ -1,0 +1,139 @@
+"""Loads the native ops (cuDNN convolution, cuBLASLt linear) where they were built, and says plainly why where not.
+
+They live in one shared library without any Python in it, built against PyTorch's stable ABI, so the same file serves
+many versions of PyTorch and Python; its name carries the CUDA major version that it needs. Nothing here ever raises:
+whoever asks `available()` and hears no runs plain PyTorch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import struct
+from pathlib import Path
+
+import torch
+
+from sfast import fallback
+
+FOLDER = Path(__file__).parent
+OPS = ("conv2d", "linear", "plans")
+
+
+def available() -> bool:
+    """Whether `torch.ops.sfast_native.conv2d` and `.linear` can be called. Loads them at the first question."""
+    return _load() is None
+
+
+def why_not() -> str | None:
+    """One sentence on what is missing, or None when the native ops are available."""
+    return _load()
+
+
+def plans() -> str:
+    """One line for each convolution and linear shape met: the kernel chosen, its time, how long choosing took."""
+    return torch.ops.sfast_native.plans() if available() else ""
+
+
+@functools.cache
+def _load() -> str | None:
+    if os.environ.get("SFAST_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "switched off by SFAST_DISABLE_NATIVE"
+    libraries = {path.stem.removeprefix("_native_cu"): path for path in FOLDER.glob("_native_cu*.so")}
+    if not libraries:
+        return (
+            "not built into this installation; with a CUDA toolkit and a CUDA build of PyTorch in place, reinstall "
+            "sfast with --no-build-isolation"
+        )
+    try:
+        reason = _load_one(libraries)
+    except Exception as error:  # whatever a broken installation raises: the caller must be able to go on without
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        fallback.note("native ops", reason)
+    return reason
+
+
+def _load_one(libraries: dict[str, Path]) -> str | None:
+    cuda = torch.version.cuda
+    if cuda is None:
+        return f"built for CUDA {' and '.join(sorted(libraries))}, but PyTorch {torch.__version__} has no CUDA"
+    library = libraries.get(cuda.split(".")[0])
+    if library is None:
+        return f"built for CUDA {' and '.join(sorted(libraries))}, but PyTorch {torch.__version__} has CUDA {cuda}"
+    if not _is_whole(library):
+        return f"{library.name} is corrupt: reinstall sfast"
+    if not _registered():
+        _open(library)
+    if not _registered():
+        return f"{library.name} registers no operators: reinstall sfast"
+    _register_fakes()
+    return None
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file reaches its own last table: opening a truncated one would kill the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False
+    (tables_at,) = struct.unpack_from("<Q", header, 40)
+    size_of_one, count = struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size >= tables_at + size_of_one * count
+
+
+def _open(library: Path) -> None:
+    """Open the library; cuDNN and cuBLASLt are those that PyTorch has loaded, or failing that those of its wheels."""
+    for _ in range(8):  # as many libraries as it could miss
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            missing = re.match(r"(lib\S+\.so[.\d]*): cannot open shared object file", str(error))
+            if missing is None or not _preload(missing.group(1)):
+                raise
+        else:
+            return
+
+
+def _preload(name: str) -> bool:
+    """Open a library out of the nvidia-* wheels beside PyTorch."""
+    for path in sorted(Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return True
+    return False
+
+
+def _registered() -> bool:
+    return all(hasattr(torch.ops.sfast_native, name) for name in OPS)
+
+
+def _register_fakes() -> None:
+    """Tell PyTorch the shapes and layouts of the results, for whoever traces without data."""
+    torch.library.register_fake("sfast_native::conv2d", _conv2d_fake)
+    torch.library.register_fake("sfast_native::linear", _linear_fake)
+
+
+def _conv2d_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+) -> torch.Tensor:
+    size = [x.shape[0], weight.shape[0]]
+    for d in range(2):
+        reach = dilation[d % len(dilation)] * (weight.shape[2 + d] - 1) + 1
+        size.append((x.shape[2 + d] + 2 * padding[d % len(padding)] - reach) // stride[d % len(stride)] + 1)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
