@@ -1,14 +1,15 @@
 """One variant of one model, measured: right first, then how long, how much memory and how many nodes.
 
 `reference` runs the model eager in its own precision and again with the same weights in fp32 (TF32 off). Every variant
-is compared with the fp32 outputs on fresh inputs, before its timing and after it, and is told to be wrong where its
-error leaves the neighbourhood of eager's own. Each of these functions expects a process of its own, so that a first call
-is a first call: nothing compiled, no kernel loaded, no cache filled.
+is compared with the fp32 outputs on fresh inputs, before its timing and after it, and called wrong where its error
+leaves the neighbourhood of eager's own. Each of these functions expects a process of its own, so that a first call is a
+first call: nothing compiled, no kernel loaded, no cache filled.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -32,25 +33,25 @@ ROUNDING = 1e-5  # relative; what another order of summation in fp32 may differ 
 
 # Rungs of the ladder: each adds to the one before it, and the last is `sfast` itself.
 LADDER: dict[str, dict[str, Any]] = {
-    "trace": dict(
-        enable_cuda_graph=False,
-        enable_triton=False,
-        enable_fused_linear_geglu=False,
-        enable_cnn_optimization=False,
-        enable_native=False,
-        memory_format=torch.contiguous_format,
-    ),
-    "graph": dict(enable_cuda_graph=True),
-    "channels-last": dict(memory_format=torch.channels_last),
-    "norms": dict(enable_triton=True),
-    "geglu": dict(enable_fused_linear_geglu=True),
-    "cnn": dict(enable_cnn_optimization=True),
-    "native": dict(enable_native=True),
+    "trace": {
+        "enable_cuda_graph": False,
+        "enable_triton": False,
+        "enable_fused_linear_geglu": False,
+        "enable_cnn_optimization": False,
+        "enable_native": False,
+        "memory_format": torch.contiguous_format,
+    },
+    "graph": {"enable_cuda_graph": True},
+    "channels-last": {"memory_format": torch.channels_last},
+    "norms": {"enable_triton": True},
+    "geglu": {"enable_fused_linear_geglu": True},
+    "cnn": {"enable_cnn_optimization": True},
+    "native": {"enable_native": True},
 }
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "compile-default": {},
-    "compile-reduce-overhead": dict(mode="reduce-overhead"),
-    "compile-max-autotune": dict(mode="max-autotune"),
+    "compile-reduce-overhead": {"mode": "reduce-overhead"},
+    "compile-max-autotune": {"mode": "max-autotune"},
 }
 VARIANTS = ("eager", *COMPILE_OPTIONS, "sfast", *(f"sfast-{rung}" for rung in LADDER))
 
@@ -177,8 +178,7 @@ def to_fp32(value: Any) -> Any:
 def _import(variant: str) -> None:
     """Import before the clock starts what the variant would otherwise import in its first call."""
     if variant in COMPILE_OPTIONS:
-        import torch._dynamo
-        import torch._inductor.compile_fx
+        pass
     elif variant.startswith("sfast"):
         import sfast  # noqa: F401
 
@@ -226,7 +226,7 @@ def _time(step: Callable[[int], Tensor], settings: Settings, on_gpu: bool) -> di
             break
     if on_gpu:
         torch.cuda.synchronize()
-        periods = [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
+        periods = [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
     else:
         periods = [1000 * (end - start) for start, end in zip([started, *ends], ends, strict=False)]
     wall_ms = 1000 * (time.perf_counter() - started) / len(periods)

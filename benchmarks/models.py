@@ -83,7 +83,7 @@ def build(model: Model, device: torch.device, seed: int = 0) -> Parts:
         parts = {part: build_architecture(name) for part, name in model.parts.items()}
     draw = Draw(seed + 1, device, model.dtype)
     for module in parts.values():
-        _randomise_constants(module, draw)
+        randomise_constants(module, draw)
         _keep_in_fp32(module)
     return parts
 
@@ -99,7 +99,8 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _randomise_constants(module: nn.Module, draw: Draw) -> None:
+def randomise_constants(module: nn.Module, draw: Draw) -> None:
+    """Draw anew every parameter that is initialised to one value throughout."""
     for parameter in module.parameters():
         first = parameter.flatten()[0]
         if bool((parameter != first).any()):
@@ -207,7 +208,11 @@ def _flux_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
         "txt_ids": draw.full(512, 3, value=0.0),
     }
     return [
-        {"hidden_states": draw(model.batch, rows * columns, 64), "timestep": t.expand(model.batch).to(draw.dtype), **shared}
+        {
+            "hidden_states": draw(model.batch, rows * columns, 64),
+            "timestep": t.expand(model.batch).to(draw.dtype),
+            **shared,
+        }
         for t in _timesteps(draw, steps, scale=1.0)
     ]
 
@@ -227,7 +232,11 @@ def _qwen_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
         "img_shapes": [[(1, rows, columns)]] * model.batch,
     }
     return [
-        {"hidden_states": draw(model.batch, rows * columns, 64), "timestep": t.expand(model.batch).to(draw.dtype), **shared}
+        {
+            "hidden_states": draw(model.batch, rows * columns, 64),
+            "timestep": t.expand(model.batch).to(draw.dtype),
+            **shared,
+        }
         for t in _timesteps(draw, steps, scale=1.0)
     ]
 
@@ -282,7 +291,12 @@ def _unet(name: str, architecture: str, size: int, precision: str = "fp16") -> M
 
 
 def _transformer(
-    name: str, architecture: str, width: int, height: int, batch: int, inputs: Callable[[Model, Draw, int], list[Inputs]]
+    name: str,
+    architecture: str,
+    width: int,
+    height: int,
+    batch: int,
+    inputs: Callable[[Model, Draw, int], list[Inputs]],
 ) -> Model:
     return Model(name, {"transformer": architecture}, "bf16", width, height, batch, inputs, _transformer_step)
 

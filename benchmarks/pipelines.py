@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,15 +31,33 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for the GPU must not start CUDA before a fork
 
+import itertools
+
 import torch
 
-from benchmarks.measure import COMPILE_OPTIONS, LADDER, VARIANTS, Settings, measure, reference
+from benchmarks.measure import LADDER, VARIANTS, Settings, measure, reference
 from benchmarks.models import MODELS, Model
 
-COLUMNS = (
-    "run,model,variant,precision,width,height,batch,ms,ms_p20,ms_p80,first_call_s,peak_gib,nodes,error,eager_error,gpu,"
-    "torch,commit"
-).split(",")
+COLUMNS = [
+    "run",
+    "model",
+    "variant",
+    "precision",
+    "width",
+    "height",
+    "batch",
+    "ms",
+    "ms_p20",
+    "ms_p80",
+    "first_call_s",
+    "peak_gib",
+    "nodes",
+    "error",
+    "eager_error",
+    "gpu",
+    "torch",
+    "commit",
+]
 RESULTS = Path(__file__).with_name("results.csv")
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SFAST_CACHE_DIR")
 QUICK = {"iterations": 10, "seconds": 3.0}
@@ -68,7 +85,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", default="sd15,sdxl,vae512,vae1024", help=f"of {', '.join(MODELS)}")
     parser.add_argument(
-        "--variants", default="eager,compile-reduce-overhead,sfast", help=f"of {', '.join(VARIANTS)}; 'ladder' is all rungs"
+        "--variants",
+        default="eager,compile-reduce-overhead,sfast",
+        help=f"of {', '.join(VARIANTS)}; 'ladder' is all rungs",
     )
     parser.add_argument("--iters", type=int, default=100, help="timed steps, at most (%(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timed steps, at most (%(default)s)")
@@ -139,7 +158,9 @@ def run_model(
     return failures
 
 
-HEADER = f"  {'variant':<24}{'ms':>9}{'p20':>9}{'p80':>9}{'host':>9}{'kernels':>9}{'first':>8}{'GiB':>7}{'nodes':>6}  error"
+HEADER = (
+    f"  {'variant':<24}{'ms':>9}{'p20':>9}{'p80':>9}{'host':>9}{'kernels':>9}{'first':>8}{'GiB':>7}{'nodes':>6}  error"
+)
 
 
 def line(row: dict[str, Any], medians: dict[str, float], tflop: float) -> str:
@@ -162,14 +183,14 @@ def print_ladder(medians: dict[str, float]) -> None:
     if len(rungs) < 3:
         return
     print("  ladder:", flush=True)
-    for before, rung in zip(rungs, rungs[1:], strict=False):
+    for before, rung in itertools.pairwise(rungs):
         print(f"  {rung:<24}{medians[rung]:>9.3f} ms  {medians[before] / medians[rung]:.2f}x {before}", flush=True)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add `row` to the results at `path`, never touching what is there."""
     new = not path.exists()
-    digits = dict(ms=4, ms_p20=4, ms_p80=4, first_call_s=3, peak_gib=3)
+    digits = {"ms": 4, "ms_p20": 4, "ms_p80": 4, "first_call_s": 3, "peak_gib": 3}
     values = {name: row.get(name, "") for name in COLUMNS}
     values.update({name: round(values[name], places) for name, places in digits.items() if values[name] != ""})
     values.update({name: f"{values[name]:.3e}" for name in ("error", "eager_error")})
