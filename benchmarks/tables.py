@@ -1,0 +1,120 @@
+"""Writes the measured table of the README from results.csv, so that no figure there is typed by hand.
+
+`python -m benchmarks.tables` replaces what stands between the two markers. For each model it takes the latest run that
+measured sfast, and every figure of a line comes from that one run.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+VARIANTS = ("eager", "compile-reduce-overhead", "sfast")
+
+Row = dict[str, str]
+NONE_YET = "No run has been recorded in `benchmarks/results.csv` yet."
+HEADER = (
+    "| model | size, batch | eager | torch.compile | sfast | against eager / compile "
+    "| first call: compile / sfast | peak memory: eager / sfast | error: eager / sfast |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def latest(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """For each case (model, precision, size, batch), variant -> row of the last run that has a row of sfast."""
+    cases: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        case = tuple(row[column] for column in ("model", "precision", "width", "height", "batch"))
+        cases.setdefault(case, {}).setdefault(row["run"], {})[row["variant"]] = row
+    found = []
+    for runs in cases.values():
+        measured = [variants for variants in runs.values() if number(variants.get("sfast"), "ms") is not None]
+        if measured:
+            found.append(measured[-1])
+    return found
+
+
+def number(row: Row | None, column: str) -> float | None:
+    """A figure of the file, or None where the variant or the figure is missing."""
+    if row is None or not row.get(column):
+        return None
+    return float(row[column])
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The Markdown between the markers."""
+    cases = latest(rows)
+    if not cases:
+        return NONE_YET
+    lines = [HEADER]
+    for case in cases:
+        eager, compiled, ours = (case.get(variant) for variant in VARIANTS)
+        assert ours is not None
+        ms = [number(row, "ms") for row in (eager, compiled, ours)]
+        cells = [
+            f"{ours['model']} {ours['precision']}",
+            f"{ours['width']}×{ours['height']}, {ours['batch']}",
+            *(cell(figure, "{:.2f} ms") for figure in ms[:2]),
+            f"**{cell(ms[2], '{:.2f} ms')}**",
+            f"{ratio(ms[0], ms[2])} / {ratio(ms[1], ms[2])}",
+            pair(number(compiled, "first_call_s"), number(ours, "first_call_s"), "{:.1f}", " s"),
+            pair(number(eager, "peak_gib"), number(ours, "peak_gib"), "{:.1f}", " GiB"),
+            pair(number(ours, "eager_error"), number(ours, "error"), "{:.1e}", ""),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    origins = dict.fromkeys(
+        f"run {row['run']} on {row['gpu']}, torch {row['torch']}, commit {row['commit'][:9]}"
+        for row in (case["sfast"] for case in cases)
+    )
+    lines += ["", f"From `benchmarks/results.csv`: {'; '.join(origins)}."]
+    return "\n".join(lines)
+
+
+def cell(figure: float | None, form: str) -> str:
+    return "–" if figure is None else form.format(figure)
+
+
+def pair(first: float | None, second: float | None, form: str, unit: str) -> str:
+    return f"{cell(first, form)} / {cell(second, form)}{unit}"
+
+
+def ratio(slow: float | None, fast: float | None) -> str:
+    return "–" if not slow or not fast else f"{slow / fast:.2f}×"
+
+
+def fill(text: str, content: str) -> str:
+    """`text` with what stands between the markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the text must hold {BEGIN} and, after it, {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description="Writes the README's measured table."
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results.csv")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
+    options = parser.parse_args(arguments)
+    old = options.readme.read_text()
+    new = fill(old, table(read(options.results)))
+    if options.check:
+        return int(old != new)
+    options.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+import pytest
+
+from benchmarks import tables
+
+COLUMNS = (
+    "run,model,variant,precision,width,height,batch,ms,ms_p20,ms_p80,first_call_s,peak_gib,nodes,error,eager_error"
+)
+
+
+def row(run, variant, ms, model="sd15", **more):
+    fields = dict.fromkeys(COLUMNS.split(","), "")
+    fields |= {"run": run, "variant": variant, "model": model, "ms": str(ms), "precision": "fp16"}
+    fields |= {
+        "width": "512",
+        "height": "512",
+        "batch": "2",
+        "gpu": "some GPU",
+        "torch": "2.11.0",
+        "commit": "abcdef0123456",
+    }
+    return fields | {name: str(value) for name, value in more.items()}
+
+
+def test_a_line_holds_the_figures_of_one_run():
+    rows = [
+        row("r1", "eager", 40),
+        row("r1", "compile-reduce-overhead", 10, first_call_s=67),
+        row("r1", "sfast", 8),
+        row("r2", "eager", 44, peak_gib=2.5),
+        row("r2", "compile-reduce-overhead", 7, first_call_s=66.04),
+        row("r2", "sfast", 5, first_call_s=3.21, peak_gib=2.75, error=1.2e-3, eager_error=1.1e-3),
+        row("r3", "eager", 45),
+    ]
+    line = tables.table(rows).split("\n")[2]
+    assert line == (
+        "| sd15 fp16 | 512×512, 2 | 44.00 ms | 7.00 ms | **5.00 ms** | 8.80× / 1.40× "
+        "| 66.0 / 3.2 s | 2.5 / 2.8 GiB | 1.1e-03 / 1.2e-03 |"
+    )
+    assert tables.HEADER.split("\n")[0].count("|") == line.count("|")
+    assert tables.table(rows).endswith("run r2 on some GPU, torch 2.11.0, commit abcdef012.")
+
+
+def test_what_was_not_measured_stays_empty():
+    line = tables.table([row("r1", "sfast", 5), row("r1", "eager", "")]).split("\n")[2]
+    assert line == "| sd15 fp16 | 512×512, 2 | – | – | **5.00 ms** | – / – | – / – s | – / – GiB | – / – |"
+
+
+def test_models_without_sfast_are_left_out():
+    assert tables.table([row("r1", "eager", 44)]) == tables.NONE_YET
+    assert tables.table([]) == tables.NONE_YET
+
+
+def test_fill_replaces_what_stands_between_the_markers_and_nothing_else():
+    text = f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n"
+    filled = tables.fill(text, "new")
+    assert filled == f"above\n{tables.BEGIN}\nnew\n{tables.END}\nbelow\n"
+    assert tables.fill(filled, "new") == filled
+
+
+@pytest.mark.parametrize("text", ["", tables.BEGIN, f"{tables.END}{tables.BEGIN}", 2 * f"{tables.BEGIN}{tables.END}"])
+def test_fill_refuses_a_text_without_its_markers(text):
+    with pytest.raises(ValueError, match="once each"):
+        tables.fill(text, "new")
+
+
+def test_the_readme_shows_the_recorded_results():
+    assert tables.main(["--check"]) == 0, "README.md is out of date: python -m benchmarks.tables"
