@@ -6,7 +6,6 @@ memory three times, and GELU's result is rounded before it is multiplied. Here a
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def _gate(
     approximate: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """A tile [ROWS, COLUMNS] of y; GELU exact, or with tanh where `approximate` is 1."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -28,6 +28,9 @@ from sfast.kernels.op import define
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 ELEMENTS = 4096  # of a tile
+WARPS = 4  # of a tile
+PER_WARP = 1024  # elements that a warp keeps of a whole group
+PROGRAMS = 8  # for each multiprocessor
 MAX_CHANNELS = 4096  # of a channels-last tile
 MAX_PARTS = 64  # that apply merges by itself
 IN_REGISTERS = 16384  # elements of a group that one program can keep
@@ -134,7 +137,7 @@ def _launch_channels_last(
 ) -> None:
     ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(C // G)
     if ROWS * CHANNELS <= IN_REGISTERS:
-        warps = max(1, min(16, ROWS * CHANNELS // 1024))
+        warps = max(1, min(16, ROWS * CHANNELS // PER_WARP))
         _whole_group_channels_last[G, N](
             x, shift, weight, bias, y, S, C, G, eps, flags, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=warps
         )
@@ -145,7 +148,7 @@ def _launch_channels_last(
     moments = x.new_empty(2, N, G, parts, dtype=torch.float32)
     shape = {"ROWS": tile.ROWS, "CHANNELS": tile.CHANNELS, "GROUPS": tile.GROUPS, "ALIGNMENT": tile.ALIGNMENT}
     _moments_channels_last[parts, tile.blocks, N](
-        x, shift, moments, N, S, C, G, tile.groups, part_rows, parts, flags, **shape, num_warps=4
+        x, shift, moments, N, S, C, G, tile.groups, part_rows, parts, flags, **shape, num_warps=WARPS
     )
     if parts > MAX_PARTS:
         moments, part_rows, parts = _merge(moments, S, C // G, part_rows)
@@ -169,7 +172,7 @@ def _launch_channels_last(
         flags,
         **shape,
         PARTS=1 if parts == 1 else MAX_PARTS,
-        num_warps=4,
+        num_warps=WARPS,
     )
 
 
@@ -187,7 +190,7 @@ def _whole_group_channels_last(
     flags: tl.tensor,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
+) -> None:
     """One group of one sample stays in registers: [S, C/G]."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     per_group = C // G
@@ -229,7 +232,7 @@ def _moments_channels_last(
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-):
+) -> None:
     """Mean and M2 of one part of `groups` groups: part_rows rows of x into moments[2, N, G, parts]."""
     part, block, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     per_group = C // G
@@ -294,7 +297,7 @@ def _apply_channels_last(
     GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     PARTS: tl.constexpr,
-):
+) -> None:
     """Normalize `rows` rows of `groups` groups."""
     block, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * rows  # backwards: the last rows are still in the L2 cache
@@ -357,7 +360,9 @@ def _launch_contiguous(
     part_length = _part_length(length, ELEMENTS, N * G, x.device)
     parts = triton.cdiv(length, part_length)
     moments = x.new_empty(2, N, G, parts, dtype=torch.float32)
-    _moments_contiguous[N * G, parts](x, shift, moments, S, C, G, part_length, flags, ELEMENTS=ELEMENTS, num_warps=4)
+    _moments_contiguous[N * G, parts](
+        x, shift, moments, S, C, G, part_length, flags, ELEMENTS=ELEMENTS, num_warps=WARPS
+    )
     if parts > MAX_PARTS:
         moments, part_length, parts = _merge(moments, length, 1, part_length)
     POSITIONS = min(1024, triton.next_power_of_2(S))
@@ -379,7 +384,7 @@ def _launch_contiguous(
         CHANNELS=CHANNELS,
         POSITIONS=POSITIONS,
         PARTS=1 if parts == 1 else MAX_PARTS,
-        num_warps=4,
+        num_warps=WARPS,
     )
 
 
@@ -394,7 +399,7 @@ def _moments_contiguous(
     part_length: tl.tensor,
     flags: tl.tensor,
     ELEMENTS: tl.constexpr,
-):
+) -> None:
     """Mean and M2 of one part of one group: part_length elements of x into moments[2, N, G, parts]."""
     which, part = tl.program_id(0).to(tl.int64), tl.program_id(1)  # which: n * G + group
     per_group = C // G
@@ -445,7 +450,7 @@ def _apply_contiguous(
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     PARTS: tl.constexpr,
-):
+) -> None:
     """Normalize a tile [CHANNELS, POSITIONS] of one group."""
     which = tl.program_id(0).to(tl.int64)
     per_group = C // G
@@ -483,7 +488,7 @@ def _merge(moments: Tensor, length: int, multiplicity: int, part_length: int) ->
     """Merge the parts of every group into one: (moments [2, N, G, 1], its part length, 1)."""
     _, N, G, parts = moments.shape
     merged = moments.new_empty(2, N, G, 1)
-    _merge_parts[(N * G,)](moments, merged, length, multiplicity, part_length, parts, PARTS=1024, num_warps=4)
+    _merge_parts[(N * G,)](moments, merged, length, multiplicity, part_length, parts, PARTS=1024, num_warps=WARPS)
     return merged, length, 1
 
 
@@ -496,7 +501,7 @@ def _merge_parts(
     part_length: tl.tensor,
     parts: tl.tensor,
     PARTS: tl.constexpr,
-):
+) -> None:
     """Chan's formula over one group: moments[2, N, G, parts] -> merged[2, N, G, 1]; every element counts multiplicity times."""
     which = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PARTS)
@@ -519,13 +524,13 @@ def _merge_parts(
 
 def _part_length(length: int, step: int, neighbours: int, device: torch.device) -> int:
     """How much of a group one moments program takes: a multiple of `step` that gives about 8 programs per multiprocessor."""
-    parts = max(1, 8 * _multiprocessors(device) // neighbours)
+    parts = max(1, PROGRAMS * _multiprocessors(device) // neighbours)
     return triton.cdiv(triton.cdiv(length, parts), step) * step
 
 
 def _tiles_per_program(rows: int, step: int, neighbours: int, device: torch.device) -> int:
     """How many tiles one apply program takes: one, unless that makes more than 16 programs per multiprocessor."""
-    return max(1, min(8, triton.cdiv(rows, step) * neighbours // (16 * _multiprocessors(device))))
+    return max(1, min(8, triton.cdiv(rows, step) * neighbours // (2 * PROGRAMS * _multiprocessors(device))))
 
 
 @functools.cache
@@ -544,9 +549,7 @@ def _takes(x: Tensor, G: int, weight: Tensor | None, bias: Tensor | None, eps: f
     )
 
 
-def _takes_shifted(
-    x: Tensor, shift: Tensor, G: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> bool:
+def _takes_shifted(x: Tensor, shift: Tensor, G: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
     same = shift.dtype == x.dtype and shift.device == x.device and shift.dim() <= x.dim()
     return same and _takes(x, G, weight, bias, eps) and torch.broadcast_shapes(x.shape, shift.shape) == x.shape
 

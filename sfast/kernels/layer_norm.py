@@ -55,7 +55,9 @@ def _launch(
     rows = x.numel() // width
     y = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
-    flags = (ADD if residual is not None else 0) | (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
+    flags = (
+        (ADD if residual is not None else 0) | (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
+    )
     WIDTH = triton.next_power_of_2(width)
     ROWS = max(1, TILE // WIDTH)
     _layer_norm_rows[(triton.cdiv(rows, ROWS),)](
@@ -90,7 +92,7 @@ def _layer_norm_rows(
     flags: tl.tensor,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+) -> None:
     """ROWS rows of `width` elements."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, WIDTH)
@@ -111,9 +113,7 @@ def _layer_norm_rows(
     tl.store(y + offset, v.to(y.dtype.element_ty), mask=mask)
 
 
-def _takes(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> bool:
+def _takes(x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
     if not triton_takes(x) or x.numel() == 0 or not normalized_shape:
         return False
     if list(x.shape[-len(normalized_shape) :]) != list(normalized_shape) or math.prod(normalized_shape) > MAX_WIDTH:

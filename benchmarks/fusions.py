@@ -1,0 +1,207 @@
+"""Every fusion against its own pattern, at the shapes that UNets and VAEs have: `python -m benchmarks.fusions`.
+
+Both sides run from a CUDA graph, so Python costs neither of them anything, over as many sets of inputs as it takes to
+leave the L2 cache cold (`--cache warm` keeps one set, which is closer to what a kernel finds inside a model). Errors are
+relative to the pattern in fp64; where the fused result is off by more, no speed-up is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfast.kernels import conv2d, geglu, group_norm, layer_norm, linear_activation
+
+COLD_BYTES = 160 << 20  # more than twice the L2 cache of any GPU we know
+MAX_SETS = 200
+REPLAYS = 25
+
+# N, C, H, W of the normalizations: UNets with classifier-free guidance (batch 2), VAE decoders (batch 1)
+SD15 = [
+    *[(2, C, 64, 64) for C in (320, 640, 960)],
+    *[(2, C, 32, 32) for C in (320, 640, 960, 1280, 1920)],
+    *[(2, C, 16, 16) for C in (640, 1280, 1920, 2560)],
+    *[(2, C, 8, 8) for C in (1280, 2560)],
+]
+SDXL = [(2, 320, 128, 128), (2, 640, 64, 64), (2, 1280, 32, 32)]
+VAE = [(1, 512, 128, 128), (1, 512, 256, 256), (1, 256, 512, 512), (1, 128, 512, 512), (1, 128, 1024, 1024)]
+TOKENS = [(8192, 320), (2048, 640), (512, 1280), (128, 1280), (8192, 640), (2048, 1280)]  # B * L, width
+
+
+class Case(NamedTuple):
+    """One row: `op(*inputs)` against `reference(*inputs)`, where `inputs` makes a fresh set."""
+
+    name: str
+    shape: str
+    op: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: Callable[[], tuple]
+    moved: int  # elements that must be read or written at least once
+    flops: int
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """All rows, in the order in which they are printed."""
+    ops = torch.ops.sfast
+
+    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        x = torch.randn(shape, device="cuda", dtype=dtype) * std + mean
+        return x.to(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+    for N, C, H, W in [*SD15, *SDXL, *VAE]:
+        shape, moved = f"{N}x{C}x{H}x{W}", 2 * N * C * H * W
+
+        def norm(N: int = N, C: int = C, H: int = H, W: int = W) -> tuple:
+            return randn(N, C, H, W, mean=0.5), 32, randn(C), randn(C), 1e-5
+
+        def shifted(N: int = N, C: int = C, H: int = H, W: int = W) -> tuple:
+            return randn(N, C, H, W, mean=0.5), randn(N, C, 1, 1), 32, randn(C), randn(C), 1e-5
+
+        yield Case("group_norm", shape, ops.group_norm, group_norm.group_norm_reference, norm, moved, 0)
+        yield Case("group_norm_silu", shape, ops.group_norm_silu, group_norm.group_norm_silu_reference, norm, moved, 0)
+        if N == 2:  # a VAE has no time embedding
+            reference = group_norm.add_group_norm_silu_reference
+            yield Case("add_group_norm_silu", shape, ops.add_group_norm_silu, reference, shifted, moved, 0)
+
+    for L, C in TOKENS:
+
+        def rows(L: int = L, C: int = C) -> tuple:
+            return randn(L, C), [C], randn(C), randn(C), 1e-5
+
+        def summed(L: int = L, C: int = C) -> tuple:
+            return randn(L, C), randn(L, C), [C], randn(C), randn(C), 1e-5
+
+        yield Case("layer_norm", f"{L}x{C}", ops.layer_norm, layer_norm.layer_norm_reference, rows, 2 * L * C, 0)
+        reference = layer_norm.add_layer_norm_reference
+        yield Case("add_layer_norm", f"{L}x{C}", ops.add_layer_norm, reference, summed, 4 * L * C, 0)
+
+    for L, C in TOKENS:
+
+        def feed(L: int = L, C: int = C) -> tuple:
+            return randn(L, C), randn(8 * C, C, std=C**-0.5), randn(8 * C), "none"
+
+        moved, flops = L * C + 8 * C * C + 4 * L * C, 2 * L * C * 8 * C
+        shape = f"{L}x{C}->{4 * C}"
+        yield Case("linear_geglu", shape, ops.linear_geglu, geglu.linear_geglu_reference, feed, moved, flops)
+
+    for L, C, D, approximate in [(4096, 3072, 12288, "tanh"), (154, 768, 3072, "none"), (154, 1280, 5120, "none")]:
+
+        def wide(L: int = L, C: int = C, D: int = D, approximate: str = approximate) -> tuple:
+            return randn(L, C), randn(D, C, std=C**-0.5), randn(D), approximate
+
+        shape = f"{L}x{C}->{D} {approximate}"
+        reference = linear_activation.linear_gelu_reference
+        yield Case("linear_gelu", shape, ops.linear_gelu, reference, wide, L * C + D * C + L * D, 2 * L * C * D)
+
+    for N, C, H, W in [(2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8), (2, 640, 64, 64)]:
+
+        def filtered(N: int = N, C: int = C, H: int = H, W: int = W) -> tuple:
+            x, weight = randn(N, C, H, W), randn(C, C, 3, 3, std=(9 * C) ** -0.5)
+            return x, weight, randn(C), randn(N, C, H, W), [1, 1], [1, 1], [1, 1], 1
+
+        moved, flops = 3 * N * C * H * W + 9 * C * C, 2 * N * C * H * W * 9 * C
+        shape = f"{N}x{C}x{H}x{W} 3x3"
+        yield Case("conv2d_add", shape, ops.conv2d_add, conv2d.conv2d_add_reference, filtered, moved, flops)
+
+
+def measure(case: Case, dtype: torch.dtype, warm: bool) -> str:
+    """The row of one case."""
+    first = case.inputs()
+    exact = _first(case.reference(*[_doubled(value) for value in first]))
+    error, eager_error = (_error(_first(run(*first)), exact) for run in (case.op, case.reference))
+    held = 2 * sum(value.numel() * value.element_size() for value in first if isinstance(value, Tensor))
+    sets = [first, *(case.inputs() for _ in range(0 if warm else min(MAX_SETS, COLD_BYTES // held)))]
+    fused, eager = time_calls(case.op, sets), time_calls(case.reference, sets)
+    if case.flops:
+        rate = f"{case.flops / fused.median * 1e-9:7.0f} TFLOP/s"
+    else:
+        rate = f"{case.moved * dtype.itemsize / fused.median * 1e-6:7.0f} GB/s   "
+    agrees = error <= max(1.2 * eager_error, 4 * torch.finfo(torch.float32).eps)
+    gain = f"{eager.median / fused.median:6.2f}x" if agrees else "OUTPUTS DIFFER"
+    return (
+        f"{case.name:20} {case.shape:22} {fused.median:8.4f} ({fused.p20:.4f} {fused.p80:.4f}) {rate} "
+        f"eager {eager.median:8.4f} ({eager.p20:.4f} {eager.p80:.4f}) {gain}  error {error:.1e} eager {eager_error:.1e}"
+    )
+
+
+def time_calls(call: Callable[..., Tensor], sets: list[tuple]) -> Timing:
+    """Time per call of a CUDA graph that calls once with every set of inputs."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for inputs in sets[:2]:
+            call(*inputs)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    calls = sets if len(sets) > 1 else sets * 20
+    with torch.cuda.graph(graph, stream=stream):
+        for inputs in calls:
+            call(*inputs)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(calls))
+    fifths = statistics.quantiles(times, n=5)
+    return Timing(statistics.median(times), fifths[0], fifths[3])
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _doubled(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def main() -> int:
+    """Print one row for each case."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fusions", description=__doc__)
+    parser.add_argument("--only", metavar="NAME", help="measure this fusion alone")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--cache", choices=["cold", "warm"], default="cold", help="state of the L2 cache (default: cold)"
+    )
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.fusions measures GPU kernels and needs an NVIDIA GPU: none was found", file=sys.stderr)
+        return 1
+    dtype = getattr(torch, arguments.dtype)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}, {arguments.cache} L2; ms (p20 p80)"
+    )
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        chosen = [case for case in cases(dtype) if arguments.only in (None, case.name)]
+        if not chosen:
+            names = sorted({case.name for case in cases(dtype)})
+            parser.error(f"--only takes one of {', '.join(names)}, got {arguments.only}")
+        for case in chosen:
+            print(measure(case, dtype, arguments.cache == "warm"), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
