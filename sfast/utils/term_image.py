@@ -4,6 +4,7 @@ Each character cell is an upper half block: its foreground is one pixel, its bac
 carries two square pixels in 24-bit colour.
 """
 
+import numpy as np
 from PIL import Image
 
 
@@ -18,12 +19,11 @@ def image_to_text(image: Image.Image, max_width: int | None = None) -> str:
     width = min(image.width, max_width or image.width)
     height = max(1, round(image.height * width / image.width))
     height += height % 2  # two pixels to a cell
-    pixels = image.convert("RGB").resize((width, height), Image.Resampling.BOX).load()
-    assert pixels is not None
+    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BOX))  # [height, width, 3]
     lines = []
     for y in range(0, height, 2):
         cells = (
-            "\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width)
+            "\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*pixels[y, x], *pixels[y + 1, x]) for x in range(width)
         )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
