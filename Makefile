@@ -63,5 +63,6 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "[2/3] Triton"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	@echo "[3/3] sfast, its requirements and its development tools"
-	@$(PIP) --no-build-isolation -e '.[dev]'
+	@$(PIP) --no-build-isolation -e '.[dev]' || { echo "That failed; once more, without the native ops" && \
+	SFAST_BUILD_NATIVE=0 $(PIP) --no-build-isolation -e '.[dev]'; }
 	@touch $@
