@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pipe = demo.load(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     if options.lora is not None:
-        pipe.load_lora_weights(demo.LORAS[options.lora])
+        path = demo.LORAS[options.lora]
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
     where = f"{place(device, options.threads)}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
     print(f"{len(options.prompts)} prompts, {options.steps} steps each, on {where}")
 
