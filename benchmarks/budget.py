@@ -73,11 +73,11 @@ def profile_step(step: Callable[[int], object], steps: int = 3) -> Budget:
     """Run `step(i)` on the GPU `steps` times under the profiler; return the budget of one."""
     spans: list[float] = []
     ran: list[tuple[str, float]] = []
-    with profile(activities=[ProfilerActivity.CUDA]):  # the first profile starts the machinery
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True):  # the first profile starts the machinery
         step(0)
         torch.cuda.synchronize()
     for index in range(steps):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             step(index)
             torch.cuda.synchronize()
         events = [event for event in profiler.events() if _ran_on_device(event)]

@@ -83,6 +83,7 @@ def build(model: Model, device: torch.device, seed: int = 0) -> Parts:
         parts = {part: build_architecture(name) for part, name in model.parts.items()}
     draw = Draw(seed + 1, device, model.dtype)
     for module in parts.values():
+        module.to(device)  # `torch.Tensor(...)`, which some constructors use, ignores the default device
         randomise_constants(module, draw)
         _keep_in_fp32(module)
     return parts

@@ -169,7 +169,9 @@ def sdxl_unet(time_ids: int, cross_attention_dim: int) -> UNet2DConditionModel:
 
 
 def scheduler() -> diffusers.DDIMScheduler:
-    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
 
 
 def picture(size: int = SIZE, seed: int = 0, channels: int = 3) -> Image.Image:
@@ -194,7 +196,7 @@ def _stable_diffusion(cls: type[Pipeline], **changed: Any) -> Pipeline:
 
 def _upscale() -> Pipeline:
     return diffusers.StableDiffusionUpscalePipeline(
-        vae=vae(),
+        vae=vae(scaling_factor=0.08333),
         text_encoder=text_encoder(act="gelu"),
         tokenizer=tokenizer(),
         unet=unet(in_channels=7, num_class_embeds=1000, only_cross_attention=(True, False)),
