@@ -1,4 +1,5 @@
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr const char* kOp = "sfast_native::conv2d";
 constexpr int64_t kMostWorkspace = 256ll << 20;  // bytes
+constexpr int kMostAlgorithms = 12, kMostPlans = 24;
 
 using Cache = PlanCache<ConvProblem::kFields, ConvPointers>;
 Cache& cache() {
@@ -21,25 +23,23 @@ Cache& cache() {
   return *made;
 }
 
-Activation parse_activation(const std::string& activation) {
-  if (activation == "none") return Activation::kNone;
-  if (activation == "relu") return Activation::kRelu;
-  if (activation == "silu") return Activation::kSilu;
-  fail(kOp, ": activation must be none, relu or silu, got ", activation);
-}
-
 std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
   return {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
 }
 
-void check_channels_last(const Tensor& tensor, const char* name) {
+bool is_channels_last(const Tensor& tensor) {
   const std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   const std::vector<int64_t> strides = channels_last_strides(sizes);
   for (size_t d = 0; d < 4; ++d) {
-    SFAST_CHECK(sizes[d] == 1 || tensor.stride(d) == strides[d], kOp, ": ", name,
-                " must be dense channels-last, got sizes ", to_string(tensor.sizes()), " strides ",
-                to_string(tensor.strides()));
+    if (sizes[d] != 1 && tensor.stride(d) != strides[d]) return false;
   }
+  return true;
+}
+
+// The tensor itself, or a copy in the layout that the kernels read.
+Tensor to_channels_last(const Tensor& tensor) {
+  if (is_channels_last(tensor)) return tensor;
+  return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // One integer stands for both dimensions, as in torch.nn.functional.conv2d.
@@ -57,7 +57,7 @@ int64_t out_size(int64_t in, int64_t filter, int64_t stride, int64_t padding, in
 
 bool is_matmul(const ConvProblem& p) {
   return p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0 &&
-         p.groups == 1 && p.c % 8 == 0 && p.k % 8 == 0 && p.activation != Activation::kSilu;
+         p.groups == 1 && p.c % 8 == 0;
 }
 
 // A 1x1 convolution over channels-last memory is a matrix product over the pixels.
@@ -80,18 +80,25 @@ void propose_matmuls(const ConvProblem& p, int most, Cache::Ways* ways) {
   }
 }
 
-void propose_plans(const ConvProblem& p, cudnnHandle_t handle, cudnnBackendHeurMode_t mode, AddOrder order, int most,
-                   Cache::Ways* ways) {
-  const Descriptor graph = operation_graph(handle, p, order);
-  for (const EngineConfig& config : engine_configs(graph, mode, 2 * most)) {
+// cuDNN's precompiled kernels, which cost nothing to set up. Those that it would compile now take half a second each,
+// and the functional fallbacks of its heuristics are slower than PyTorch's own convolution: neither is proposed.
+void propose_plans(ConvProblem p, cudnnHandle_t handle, int most, Cache::Ways* ways) {
+  const void* no_bias = nullptr;
+  if (!p.has_bias && (p.has_residual || p.activation != Activation::kNone)) {
+    p.has_bias = 1;  // there is no kernel without one: add zeros
+    no_bias = zeros(2 * p.k, p.device);
+  }
+  const Descriptor graph = operation_graph(handle, p);
+  for (const EngineConfig& config : engine_configs(graph, CUDNN_HEUR_MODE_A, kMostPlans)) {
     if (most == 0) break;
-    if (!config.exact) continue;
+    if (config.runtime_compiled || !config.exact) continue;
     try {
       const auto plan = std::make_shared<const Plan>(make_plan(handle, config));
       if (plan->workspace > kMostWorkspace) continue;
       const int64_t device = p.device;
-      ways->push_back({"cuDNN engine " + std::to_string(config.engine), plan->workspace,
-                       [=](const ConvPointers& at, void* workspace, cudaStream_t stream) {
+      ways->push_back({"cuDNN engine " + std::to_string(config.engine) + " config " + std::to_string(config.rank),
+                       plan->workspace, [=](ConvPointers at, void* workspace, cudaStream_t stream) {
+                         if (no_bias != nullptr) at.bias = no_bias;
                          launch(cudnn_handle(device, stream), *plan, at, workspace);
                        }});
       --most;
@@ -101,14 +108,19 @@ void propose_plans(const ConvProblem& p, cudnnHandle_t handle, cudnnBackendHeurM
   }
 }
 
-Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, int most) {
+Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, bool first_only) {
   Cache::Ways ways;
-  if (is_matmul(p)) propose_matmuls(p, most, &ways);
-  if (static_cast<int>(ways.size()) == most) return ways;
-  const cudnnHandle_t handle = cudnn_handle(p.device, stream);
-  propose_plans(p, handle, CUDNN_HEUR_MODE_A, AddOrder::kResidualFirst, most, &ways);
-  if (ways.empty()) propose_plans(p, handle, CUDNN_HEUR_MODE_FALLBACK, AddOrder::kResidualFirst, most, &ways);
+  if (is_matmul(p)) propose_matmuls(p, first_only ? 1 : kMostAlgorithms, &ways);
+  if (first_only && !ways.empty()) return ways;
+  propose_plans(p, cudnn_handle(p.device, stream), first_only ? 1 : kMostPlans, &ways);
   return ways;
+}
+
+// In place, by PyTorch: cuDNN has no precompiled kernel with a SiLU in it, and compiling one takes half a second.
+Tensor silu_(const Tensor& x) {
+  StableIValue stack[] = {torch::stable::detail::from(x)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu_", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -116,6 +128,8 @@ Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, int most) {
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
               std::string activation) {
+  SFAST_CHECK(activation == "none" || activation == "relu" || activation == "silu", kOp,
+              ": activation must be none, relu or silu, got ", activation);
   const auto dtype = half_dtype(x, kOp);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   SFAST_CHECK(x.dim() == 4 && weight.dim() == 4, kOp, ": x and weight must have 4 dimensions, got ",
@@ -130,6 +144,7 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   read_pair(padding, "padding", 0, p.padding);
   read_pair(dilation, "dilation", 1, p.dilation);
   p.groups = groups;
+  p.activation = activation == "relu" ? Activation::kRelu : Activation::kNone;
   SFAST_CHECK(groups >= 1 && p.c == weight.size(1) * groups && p.k % groups == 0, kOp,
               ": weight [K, C/groups, R, S] must fit x [N, C, H, W], got ", to_string(weight.sizes()), " and ",
               to_string(x.sizes()), " with groups ", groups);
@@ -138,10 +153,13 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   SFAST_CHECK(x.numel() > 0 && weight.numel() > 0 && p.p > 0 && p.q > 0, kOp, ": nothing to compute for x ",
               to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
 
+  SFAST_CHECK(p.k % 8 == 0, kOp, ": output channels must be a multiple of 8, got ", p.k,
+              " (cuDNN pads others with a kernel for each operand, slower than the plain convolution)");
   check_operand(x, "x", x, kOp);
+  SFAST_CHECK(is_channels_last(x), kOp, ": x must be dense channels-last, got sizes ", to_string(x.sizes()),
+              " strides ", to_string(x.strides()));
+  weight = to_channels_last(weight);
   check_operand(weight, "weight", x, kOp);
-  check_channels_last(x, "x");
-  check_channels_last(weight, "weight");
   const std::vector<int64_t> sizes = {p.n, p.k, p.p, p.q};
   if (bias) {
     check_operand(*bias, "bias", x, kOp);
@@ -149,23 +167,22 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
                 p.k, "], got ", to_string(bias->sizes()));
   }
   if (residual) {
-    check_operand(*residual, "residual", x, kOp);
     SFAST_CHECK(std::vector<int64_t>(residual->sizes().begin(), residual->sizes().end()) == sizes, kOp,
                 ": residual must have the result's shape, got ", to_string(residual->sizes()), " for x ",
                 to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
-    check_channels_last(*residual, "residual");
+    residual = to_channels_last(*residual);
+    check_operand(*residual, "residual", x, kOp);
   }
   p.has_bias = bias.has_value();
   p.has_residual = residual.has_value();
-  p.activation = parse_activation(activation);
 
   Tensor out = empty_strided(sizes, channels_last_strides(sizes), x);
   const cudaStream_t stream = current_stream(p.device);
   const ConvPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                               residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
   cache().run(p.key(), "conv2d " + p.describe(), p.device, stream, pointers,
-              [&](int most) { return propose(p, stream, most); });
-  return out;
+              [&](bool first_only) { return propose(p, stream, first_only); });
+  return activation == "silu" ? silu_(out) : out;
 }
 
 std::string conv2d_plans() {

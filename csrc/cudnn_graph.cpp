@@ -95,7 +95,7 @@ std::array<int64_t, ConvProblem::kFields> ConvProblem::key() const {
 }
 
 std::string ConvProblem::describe() const {
-  static const char* const kActivations[] = {"", " relu", " silu"};
+  static const char* const kActivations[] = {"", " relu"};
   std::ostringstream text;
   text << (dtype == CUDNN_DATA_HALF ? "float16" : "bfloat16") << " x [" << n << "," << c << "," << h << "," << w
        << "] weight [" << k << "," << c / groups << "," << r << "," << s << "] stride " << stride[0] << "," << stride[1]
@@ -142,7 +142,7 @@ std::vector<T> Descriptor::list(cudnnBackendAttributeName_t name, cudnnBackendAt
   return values;
 }
 
-Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem, AddOrder order) {
+Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem) {
   const auto dtype = static_cast<cudnnDataType_t>(problem.dtype);
   const Dims out_dims = {problem.n, problem.k, problem.p, problem.q};
   const Descriptor x = tensor(kX, dtype, {problem.n, problem.c, problem.h, problem.w}, false);
@@ -155,11 +155,9 @@ Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem, Add
     std::optional<Descriptor> operand;
   };
   std::vector<Step> steps;
-  if (problem.has_bias) steps.push_back({CUDNN_POINTWISE_ADD, tensor(kBias, dtype, {1, problem.k, 1, 1}, false)});
   if (problem.has_residual) steps.push_back({CUDNN_POINTWISE_ADD, tensor(kResidual, dtype, out_dims, false)});
-  if (steps.size() == 2 && order == AddOrder::kResidualFirst) std::swap(steps[0], steps[1]);
+  if (problem.has_bias) steps.push_back({CUDNN_POINTWISE_ADD, tensor(kBias, dtype, {1, problem.k, 1, 1}, false)});
   if (problem.activation == Activation::kRelu) steps.push_back({CUDNN_POINTWISE_RELU_FWD, std::nullopt});
-  if (problem.activation == Activation::kSilu) steps.push_back({CUDNN_POINTWISE_SWISH_FWD, std::nullopt});
 
   // What flows between two steps is virtual: fp32 in registers, never in memory.
   std::vector<Descriptor> between, operations;
@@ -199,7 +197,9 @@ std::vector<EngineConfig> engine_configs(const Descriptor& graph, cudnnBackendHe
   if (status != CUDNN_STATUS_SUCCESS) return {};
   found.erase(found.begin() + std::min(count, most), found.end());
 
-  for (EngineConfig& choice : found) {
+  for (size_t i = 0; i < found.size(); ++i) {
+    EngineConfig& choice = found[i];
+    choice.rank = static_cast<int>(i);
     const Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR);
     cudnnBackendDescriptor_t raw_engine = engine.get();
     int64_t one = 0;

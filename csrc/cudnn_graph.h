@@ -13,7 +13,7 @@
 
 namespace sfast {
 
-enum class Activation : int64_t { kNone, kRelu, kSilu };
+enum class Activation : int64_t { kNone, kRelu };
 
 // A convolution over channels-last tensors: x [n,c,h,w], weight [k,c/groups,r,s], output and residual [n,k,p,q].
 // Trivially comparable as a row of integers: it is the key of the plan cache.
@@ -67,6 +67,7 @@ struct ConvPointers {
 struct EngineConfig {
   Descriptor config;
   int64_t engine = -1;
+  int rank = 0;                   // its place in the heuristics' list
   bool runtime_compiled = false;  // its kernel is compiled when the plan is made, which can take seconds
   bool exact = true;              // accumulates in fp32, the same bits each run, no Winograd
 };
@@ -76,10 +77,9 @@ struct Plan {
   int64_t workspace = 0;  // bytes
 };
 
-// cuDNN's specialised kernels know the order conv, residual, bias; its compiler knows any order.
-enum class AddOrder { kResidualFirst, kBiasFirst };
-
-Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem, AddOrder order);
+// The steps stand in the order that cuDNN's precompiled kernels know: residual, bias, relu. They have no other order,
+// no residual or relu without a bias, and no silu; for all of those cuDNN compiles a kernel at run time.
+Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem);
 
 // What the heuristics propose for the graph, best first; empty where cuDNN has nothing for it.
 std::vector<EngineConfig> engine_configs(const Descriptor& graph, cudnnBackendHeurMode_t mode, int64_t most);

@@ -10,6 +10,7 @@ namespace sfast {
 namespace {
 
 constexpr const char* kOp = "sfast_native::linear";
+constexpr int kMostAlgorithms = 12;
 
 using Cache = PlanCache<MatmulProblem::kFields, MatmulPointers>;
 Cache& cache() {
@@ -91,9 +92,9 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   const cublasLtHandle_t handle = cublaslt_handle(problem.device);
   const MatmulPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                                 residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
-  cache().run(problem.key(), "linear " + problem.describe(), problem.device, stream, pointers, [&](int most) {
+  cache().run(problem.key(), "linear " + problem.describe(), problem.device, stream, pointers, [&](bool first_only) {
     Cache::Ways ways;
-    for (const MatmulAlgorithm& algorithm : matmul_algorithms(handle, problem, most)) {
+    for (const MatmulAlgorithm& algorithm : matmul_algorithms(handle, problem, first_only ? 1 : kMostAlgorithms)) {
       ways.push_back({"cublasLt " + std::to_string(ways.size()), algorithm.workspace,
                       [=](const MatmulPointers& at, void* workspace, cudaStream_t on) {
                         launch(handle, problem, algorithm, at, workspace, on);

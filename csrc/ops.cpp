@@ -5,8 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sfast_native, m) {
-  // act(conv2d(x, weight) + bias + residual), rounded once. x, weight, residual and the result are dense channels-last
-  // float16 or bfloat16 (weight [K, C/groups, R, S]; residual has the result's shape); activation: none, relu or silu.
+  // act(conv2d(x, weight) + bias + residual), rounded once, float16 or bfloat16. x [N, C, H, W] and the result
+  // [N, K, P, Q] are dense channels-last; weight [K, C/groups, R, S] and residual [N, K, P, Q] are copied where they
+  // are not. activation: none, relu or silu.
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
       "int groups, str activation) -> Tensor");

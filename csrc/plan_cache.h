@@ -32,10 +32,11 @@ class PlanCache {
  public:
   using Ways = std::vector<Way<Pointers>>;
 
-  // Runs the fastest way that `propose(most)` knows (most: how many are worth making, best guess first), or raises what
-  // it raised before. Measuring needs the operands' memory: `pointers.out` is overwritten, the rest only read.
+  // Runs the fastest of the ways that `propose(first_only)` makes, best guess first, or raises what choosing raised.
+  // Measuring needs the operands' memory: `pointers.out` is overwritten, the rest is only read. While the stream is
+  // being captured nothing can be measured: then the first guess serves, and the choice is made again later.
   void run(const std::array<int64_t, kFields>& key, const std::string& description, int64_t device, cudaStream_t stream,
-           const Pointers& pointers, const std::function<Ways(int most)>& propose) {
+           const Pointers& pointers, const std::function<Ways(bool first_only)>& propose) {
     Entry& entry = find(key);
     const std::lock_guard<std::mutex> lock(entry.mutex);
     const bool may_measure = !is_capturing(stream);
@@ -71,15 +72,14 @@ class PlanCache {
   }
 
   void choose(Entry& entry, const std::string& description, int64_t device, cudaStream_t stream,
-              const Pointers& pointers, const std::function<Ways(int most)>& propose) {
-    constexpr int kMost = 8;
+              const Pointers& pointers, const std::function<Ways(bool first_only)>& propose) {
     const auto begin = std::chrono::steady_clock::now();
     const RelaxedCapture relaxed;
-    const bool measure = !is_capturing(stream);  // nothing runs while a stream is being captured: then the first guess
+    const bool measure = !is_capturing(stream);
     std::ostringstream story;
     story << description << ": ";
     try {
-      Ways ways = propose(measure ? kMost : 1);
+      Ways ways = propose(!measure);
       SFAST_CHECK(!ways.empty(), "no kernel for ", description);
       size_t best = 0;
       if (measure && ways.size() > 1) {

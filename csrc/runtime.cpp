@@ -26,6 +26,12 @@ Event make_event() {
   return Event(event, &cudaEventDestroy);
 }
 
+Stream make_stream() {
+  cudaStream_t stream = nullptr;
+  CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return Stream(stream, &cudaStreamDestroy);
+}
+
 float time_once(const std::function<void()>& work, cudaStream_t stream) {
   const Event begin = make_event(), end = make_event();
   CUDA_CHECK(cudaEventRecord(begin.get(), stream));
@@ -39,9 +45,7 @@ float time_once(const std::function<void()>& work, cudaStream_t stream) {
 
 // Short work is timed as a graph of many launches, so that the processor's launch time stays out of the figure.
 GraphExec repeat_as_graph(const std::function<void(cudaStream_t)>& work, int times) {
-  cudaStream_t raw_stream = nullptr;
-  CUDA_CHECK(cudaStreamCreateWithFlags(&raw_stream, cudaStreamNonBlocking));
-  const Stream side(raw_stream, &cudaStreamDestroy);
+  const Stream side = make_stream();
   CUDA_CHECK(cudaStreamBeginCapture(side.get(), cudaStreamCaptureModeRelaxed));
   std::exception_ptr error;
   try {
@@ -110,6 +114,26 @@ Workspace::Workspace(int64_t bytes, int64_t device) {
   address_ = memory_.mutable_data_ptr();
 }
 
+const void* zeros(int64_t bytes, int64_t device) {
+  struct Block {
+    void* address = nullptr;
+    int64_t bytes = 0;
+  };
+  static std::mutex mutex;
+  static std::map<int64_t, Block> blocks;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Block& block = blocks[device];
+  if (block.bytes < bytes) {
+    const RelaxedCapture relaxed;
+    const Stream side = make_stream();
+    block.bytes = std::max<int64_t>(bytes, 16384);  // the one before stays: captured graphs may read it
+    CUDA_CHECK(cudaMalloc(&block.address, block.bytes));
+    CUDA_CHECK(cudaMemsetAsync(block.address, 0, block.bytes, side.get()));
+    CUDA_CHECK(cudaStreamSynchronize(side.get()));
+  }
+  return block.address;
+}
+
 RelaxedCapture::RelaxedCapture() {
   CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_));
 }
@@ -118,35 +142,35 @@ RelaxedCapture::~RelaxedCapture() {
 }
 
 std::vector<float> time_each(const std::vector<std::function<void(cudaStream_t)>>& candidates, cudaStream_t stream) {
-  constexpr float kEnoughMs = 0.2f;  // a launch this long needs no repetition
-  constexpr float kHopeless = 2.0f;  // times the best
+  constexpr float kHopeless = 1.25f, kNoiseMs = 0.01f;  // slower than kHopeless * best + kNoiseMs: not looked at again
+  constexpr float kEnoughMs = 0.25f;                    // a run this long needs no repetition within it
   const float kNever = std::numeric_limits<float>::infinity();
 
-  std::vector<float> ms(candidates.size(), kNever);
+  std::vector<float> rough(candidates.size(), kNever);
   for (size_t i = 0; i < candidates.size(); ++i) {
     try {
       candidates[i](stream);  // the first launch loads the kernel
-      ms[i] = time_once([&] { candidates[i](stream); }, stream);
+      rough[i] = time_once([&] { candidates[i](stream); }, stream);
     } catch (const std::exception&) {
       cudaGetLastError();  // the candidate stays at infinity; its error must not surface in a later call
     }
   }
-  const float best = candidates.empty() ? kNever : *std::min_element(ms.begin(), ms.end());
+  const float best = *std::min_element(rough.begin(), rough.end());
+  if (best == kNever) return rough;
+  std::vector<float> ms(candidates.size(), kNever);
   for (size_t i = 0; i < candidates.size(); ++i) {
-    if (!(ms[i] < kHopeless * std::max(best, 0.02f))) continue;
-    const int times = std::clamp(static_cast<int>(kEnoughMs / ms[i]), 1, 8);
-    float fastest = kNever;
+    if (!(rough[i] <= kHopeless * best + kNoiseMs)) continue;
+    const int times = std::clamp(static_cast<int>(kEnoughMs / rough[i]), 1, 10);
     if (times == 1) {
       for (int round = 0; round < 2; ++round) {
-        fastest = std::min(fastest, time_once([&] { candidates[i](stream); }, stream));
+        ms[i] = std::min(ms[i], time_once([&] { candidates[i](stream); }, stream));
       }
     } else {
       const GraphExec graph = repeat_as_graph(candidates[i], times);
       for (int round = 0; round < 3; ++round) {
-        fastest = std::min(fastest, time_once([&] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); }, stream));
+        ms[i] = std::min(ms[i], time_once([&] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); }, stream) / times);
       }
     }
-    ms[i] = fastest / times;
   }
   return ms;
 }

@@ -35,6 +35,9 @@ class Workspace {
   void* address_ = nullptr;
 };
 
+// At least `bytes` zeros in device memory that are never written and never freed.
+const void* zeros(int64_t bytes, int64_t device);
+
 // While it lives, calls of this thread that a stream capture would forbid (loading a kernel, allocating) are allowed.
 class RelaxedCapture {
  public:
@@ -45,8 +48,9 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Milliseconds of each candidate, run on `stream` with everything warm; a candidate far behind is timed roughly.
-// A candidate enqueues its work on the stream that it is given. Infinity for one that throws.
+// Milliseconds of each candidate, run on `stream` with everything warm.
+// A candidate enqueues its work on the stream that it is given. Infinity for one that
+// throws or is far behind.
 std::vector<float> time_each(const std::vector<std::function<void(cudaStream_t)>>& candidates, cudaStream_t stream);
 
 // "float16" or "bfloat16"; raises for every other dtype. `op` opens the message.
