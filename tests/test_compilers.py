@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import sfast
@@ -147,6 +148,38 @@ def test_switching_weights_in_place_as_the_readme_does():
     unet.load_state_dict(parameters, assign=True)  # new Parameter objects over the old storage
     assert (unet(**inputs).sample - after).abs().max() <= 1e-5
     assert sfast.report(unet).traces == 1
+
+
+def save_lora(folder, seed):
+    """A LoRA of random layers, saved as diffusers' training scripts save it."""
+    torch.manual_seed(seed)
+    unet = tiny.unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(folder, layers, weight_name=f"{seed}.safetensors")
+
+
+def test_loras_loaded_before_and_after_compiling(tmp_path):
+    kind = TINY["text-to-image"]
+    for seed in (1, 2):
+        save_lora(tmp_path, seed)
+    pipe, eager = kind.build(), kind.build()
+    pipe.load_lora_weights(tmp_path, weight_name="1.safetensors", adapter_name="one")
+    as_the_readme_says(pipe)
+    drawn = [kind.draw(pipe)]
+    pipe.load_lora_weights(tmp_path, weight_name="2.safetensors", adapter_name="two")
+    pipe.set_adapters("two")
+    drawn.append(kind.draw(pipe))
+    pipe.unload_lora_weights()
+    drawn.append(kind.draw(pipe))
+
+    for i, seed in enumerate((1, 2)):
+        eager.load_lora_weights(tmp_path, weight_name=f"{seed}.safetensors")
+        assert (kind.draw(eager) - drawn[i]).abs().max() <= 1e-4
+        eager.unload_lora_weights()
+    assert (kind.draw(eager) - drawn[2]).abs().max() <= 1e-4
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-2
+    assert "unet" not in dict(sfast.report(pipe).fallbacks)
 
 
 def test_print_image(capsys):
