@@ -207,7 +207,8 @@ def _whole_group_channels_last(
     v -= mean
     variance = tl.sum(tl.sum(tl.where(mask, v * v, 0), axis=1), axis=0) / count
 
-    w = tl.load(weight + channel, mask=lane < per_group * (flags >> 2 & 1), other=1).to(tl.float32)
+    weighted = flags >> 2 & 1
+    w = tl.load(weight + channel, mask=lane < per_group * weighted, other=0).to(tl.float32) + (1 - weighted)
     b = tl.load(bias + channel, mask=lane < per_group * (flags >> 3 & 1), other=0).to(tl.float32)
     v = v * (w * tl.rsqrt(variance + eps))[None, :] + b[None, :]
     if flags & 1 != 0:
@@ -324,7 +325,8 @@ def _apply_channels_last(
     scale = tl.sum(tl.where(member, group_rstd[:, None], 0), axis=0)
     channel = first + lane
     center -= tl.load(shift + n * C + channel, mask=lane < width * (flags >> 1 & 1), other=0).to(tl.float32)
-    scale *= tl.load(weight + channel, mask=lane < width * (flags >> 2 & 1), other=1).to(tl.float32)
+    weighted = flags >> 2 & 1
+    scale *= tl.load(weight + channel, mask=lane < width * weighted, other=0).to(tl.float32) + (1 - weighted)
     b = tl.load(bias + channel, mask=lane < width * (flags >> 3 & 1), other=0).to(tl.float32)
 
     start = (n * S + begin) * C + first
@@ -470,7 +472,8 @@ def _apply_contiguous(
     mask = live[:, None] & (position < S)[None, :]
     shifts = tl.load(shift + which * per_group + lane, mask=lane < per_group * (flags >> 1 & 1), other=0).to(tl.float32)
     channel = (which % G) * per_group + lane
-    w = tl.load(weight + channel, mask=lane < per_group * (flags >> 2 & 1), other=1).to(tl.float32)
+    weighted = flags >> 2 & 1
+    w = tl.load(weight + channel, mask=lane < per_group * weighted, other=0).to(tl.float32) + (1 - weighted)
     b = tl.load(bias + channel, mask=lane < per_group * (flags >> 3 & 1), other=0).to(tl.float32)
 
     offset = which * total + lane[:, None] * S + position[None, :]

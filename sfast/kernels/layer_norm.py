@@ -107,7 +107,8 @@ def _layer_norm_rows(
     v -= (tl.sum(v, axis=1) / width)[:, None]
     variance = tl.sum(tl.where(live, v * v, 0), axis=1) / width
 
-    w = tl.load(weight + lane, mask=lane < width * (flags >> 1 & 1), other=1).to(tl.float32)
+    weighted = flags >> 1 & 1
+    w = tl.load(weight + lane, mask=lane < width * weighted, other=0).to(tl.float32) + (1 - weighted)
     b = tl.load(bias + lane, mask=lane < width * (flags >> 2 & 1), other=0).to(tl.float32)
     v = v * tl.rsqrt(variance + eps)[:, None] * w[None, :] + b[None, :]
     tl.store(y + offset, v.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,191 @@
+"""GroupNorm against fp64: layouts, group sizes, large means, NaN, and what it must leave to the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfast.kernels import group_norm
+from sfast.kernels.group_norm import add_group_norm_silu_reference, group_norm_reference, group_norm_silu_reference
+from tests.kernels.fp64 import assert_close_to_fp64
+
+ops = torch.ops.sfast
+
+# N, C, *spatial and G: group sizes of 10, 20, 40, 1 and 3 channels, groups kept whole and groups that are split
+SHAPES = [
+    ((2, 20, 5, 7), 2),
+    ((1, 40, 31, 37), 4),
+    ((3, 40, 9, 11), 2),
+    ((1, 80, 33, 13), 2),
+    ((2, 7, 6, 5), 7),
+    ((1, 96, 7, 11), 32),
+    ((1, 6, 65, 67), 1),
+    ((2, 6, 3, 4, 5), 2),
+    ((2, 12, 9), 3),
+    ((3, 8), 2),
+]
+
+
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, last: bool, mean: float = 0.5, std: float = 1.0
+):
+    x = (torch.randn(shape) * std + mean).to(device, dtype)
+    if last and x.dim() > 2:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    weight, bias = (torch.randn(shape[1]).to(device, dtype) for _ in range(2))
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_group_norm_silu(shape, groups, last, device, runs_kernel) -> None:
+    x, weight, bias = make(shape, torch.float32, device, last)
+    if runs_kernel:
+        assert group_norm._takes(x, groups, weight, bias, 1e-5)
+    result = ops.group_norm_silu(x, groups, weight, bias, 1e-5)
+    assert_close_to_fp64(result, group_norm_silu_reference, x, groups, weight, bias, 1e-5)
+    if runs_kernel:
+        assert result.stride() == x.stride()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, last, device) -> None:
+    for shape, groups in [((1, 40, 31, 37), 4), ((2, 20, 5, 7), 2)]:
+        x, weight, bias = make(shape, dtype, device, last)
+        shift = torch.randn(shape[0], shape[1], 1, 1).to(device, dtype)
+        inputs = (x, shift, groups, weight, bias, 1e-5)
+        assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("shift_shape", [(2, 20, 1, 1), (1, 20, 1, 1), (20, 1, 1), (2, 20, 9, 11), (1,)], ids=str)
+def test_shift(shift_shape, last, device) -> None:
+    x, weight, bias = make((2, 20, 9, 11), torch.float32, device, last)
+    inputs = (x, 3 * torch.randn(shift_shape, device=device), 2, weight, bias, 1e-5)
+    assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
+def test_a_shift_that_enlarges_x_is_added_by_the_reference(device) -> None:
+    x, shift = torch.randn(2, 4, 1, 1, device=device), torch.randn(2, 4, 3, 3, device=device)
+    inputs = (x, shift, 2, None, None, 1e-5)
+    assert torch.equal(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference(*inputs))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_mean_does_not_cancel(dtype, last, device, runs_kernel) -> None:
+    for shape, groups in [((1, 20, 31, 37), 2), ((2, 6, 9, 5), 2)]:
+        x, weight, bias = make(shape, dtype, device, last, mean=100, std=0.1)
+        inputs = (x, groups, weight, bias, 1e-5)
+        if runs_kernel:  # fp32 knows the mean to 6e-8 of itself, which is 6e-5 of the standard deviation
+            floor = 1.5e-4 if dtype == torch.float32 else None
+            assert_close_to_fp64(ops.group_norm(*inputs), group_norm_reference, *inputs, floor=floor)
+
+
+def test_a_pilot_far_from_the_mean_does_not_cancel(device) -> None:
+    x, weight, bias = make((1, 20, 31, 37), torch.float32, device, True)
+    x[:, :, 0, 0] = 1000
+    inputs = (x, 2, weight, bias, 1e-5)
+    assert_close_to_fp64(ops.group_norm(*inputs), group_norm_reference, *inputs, floor=1e-5)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+def test_many_parts_are_merged_by_their_own_kernel(last, device, monkeypatch) -> None:
+    monkeypatch.setattr(group_norm, "MAX_PARTS", 4)
+    monkeypatch.setattr(group_norm, "_part_length", lambda length, step, *rest: step)
+    x, weight, bias = make((1, 12, 70, 31), torch.float32, device, last, mean=3)
+    shift = torch.randn(1, 12, 1, 1, device=device)
+    inputs = (x, shift, 1, weight, bias, 1e-5)
+    assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+def test_weight_and_bias_are_optional(last, device) -> None:
+    x, weight, bias = make((1, 20, 31, 37), torch.float32, device, last)
+    for parameters in [(None, None), (weight, None), (None, bias)]:
+        inputs = (x, 2, *parameters, 1e-3)
+        assert_close_to_fp64(ops.group_norm(*inputs), group_norm_reference, *inputs)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("size", [5, 41], ids=["whole", "split"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+def test_nan_spoils_its_own_group_and_no_other(poison, size, last, device) -> None:
+    x, weight, bias = make((2, 40, size, size), torch.float32, device, last)
+    x[1, 13, 2, 3] = poison
+    result = ops.group_norm(x, 4, weight, bias, 1e-5)
+    spoilt = torch.zeros_like(x, dtype=torch.bool)
+    spoilt[1, 10:20] = True
+    assert torch.equal(result.isnan(), spoilt)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 1, 1), (2, 20, 1, 9), (2, 20, 9, 1), (1, 1, 3, 4)], ids=str)
+def test_shapes_whose_layout_is_ambiguous(shape, device) -> None:
+    for x in (
+        torch.randn(shape, device=device),
+        torch.randn(shape, device=device).to(memory_format=torch.channels_last),
+    ):
+        inputs = (x, 1, None, None, 1e-5)
+        assert_close_to_fp64(ops.group_norm(*inputs), group_norm_reference, *inputs)
+
+
+def test_views_that_are_not_dense(device) -> None:
+    wide = torch.randn(2, 40, 9, 22, device=device)
+    frames = torch.randn(2, 3, 20, 4, 5, device=device).permute(0, 2, 1, 3, 4)  # [N, C, T, H, W] in memory order N T C
+    for x in (wide[:, ::2], wide[..., ::2], wide.permute(0, 1, 3, 2), wide[:, :, :1].expand(2, 40, 6, 22), frames):
+        inputs = (x, 2, None, None, 1e-5)
+        assert_close_to_fp64(ops.group_norm_silu(*inputs), group_norm_silu_reference, *inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
+def test_empty(shape, device) -> None:
+    assert ops.group_norm(torch.randn(shape, device=device), 2, None, None, 1e-5).shape == shape
+
+
+def test_what_the_reference_refuses_is_refused(device) -> None:
+    with pytest.raises(RuntimeError, match="divisible"):
+        ops.group_norm(torch.randn(2, 10, 4, 4, device=device), 3, None, None, 1e-5)
+
+
+def test_mixed_precision_is_left_to_the_reference(device) -> None:
+    x, weight, bias = make((1, 8, 4, 4), torch.bfloat16, device, True)
+    assert not group_norm._takes(x, 2, weight.float(), bias.float(), 1e-5)
+    assert not group_norm._takes(x.double(), 2, None, None, 1e-5)
+
+
+def test_fake_tensors_keep_the_layout(device) -> None:
+    x, weight, bias = make((2, 20, 5, 7), torch.float32, device, True)
+    torch.library.opcheck(
+        ops.group_norm.default, (x, 2, weight, bias, 1e-5), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_silu"])
+def test_captured_on_another_stream(name) -> None:
+    device = torch.device("cuda", 0)
+    x, weight, bias = make((2, 320, 64, 64), torch.float16, device, True)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    call = getattr(ops, name)
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        call(x, 32, weight, bias, 1e-5)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            result = call(x, 32, weight, bias, 1e-5)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        stream.synchronize()
+        expected: Tensor = call(x, 32, weight, bias, 1e-5)
+        stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 320, 64, 64), (2, 2560, 8, 8), (2, 960, 32, 32), (1, 128, 512, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_at_the_sizes_of_a_pipeline(shape, dtype) -> None:
+    x, weight, bias = make(shape, dtype, torch.device("cuda", 0), True)
+    inputs = (x, 32, weight, bias, 1e-5)
+    assert_close_to_fp64(ops.group_norm_silu(*inputs), group_norm_silu_reference, *inputs)
