@@ -1,7 +1,6 @@
-"""GEGLU: one product for both halves, then one kernel that gates. Both halves are read once and only the result is written.
+"""GEGLU: one product for both halves, then one kernel that gates: the halves are read once, only the result is written.
 
-Eager runs three kernels after the product: a copy or strided read of the gate, GELU, multiply; the wide intermediate moves through
-memory three times, and GELU's result is rounded before it is multiplied. Here all of it is fp32 in registers.
+Eager runs GELU and a multiplication as two kernels, and rounds between them. Here the gate stays in fp32 registers.
 """
 
 from __future__ import annotations

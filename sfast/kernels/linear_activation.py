@@ -1,7 +1,8 @@
 """Linear, then GELU or SiLU, without a second copy of the activations.
 
-tanh-GELU is an epilogue of cuBLASLt, so there the activation costs nothing (`sfast_native.linear`). No library has exact GELU or
-SiLU as an epilogue; both are then applied in place to the product, which nobody else has seen.
+tanh-GELU is an epilogue of cuBLASLt, so there the activation costs nothing (`sfast_native.linear`). It has no epilogue for
+exact GELU or SiLU: those are applied in place, to a product that nobody else has seen. PyTorch's own elementwise kernels
+already run at the speed of memory, so there is no kernel to write.
 """
 
 from __future__ import annotations

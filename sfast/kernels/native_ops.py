@@ -1,4 +1,4 @@
-"""Which inputs go to the compiled operators of `sfast_native`: half precision on CUDA, in the layout that tensor cores read.
+"""Which inputs go to the compiled operators of `sfast_native`: half precision on CUDA, in the layout tensor cores read.
 
 The compiled library is optional; everything here answers no where it is missing.
 """
@@ -21,7 +21,7 @@ def native_is_available() -> bool:
 
 
 def native_conv2d_takes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether cuDNN's fused convolution can take these: fp16 or bf16 on one CUDA device, x [N, C, H, W] channels-last."""
+    """Whether cuDNN's fused convolution can take these: fp16 or bf16 on one CUDA device, x channels-last [N, C, H, W]."""
     return (
         x.is_cuda
         and x.dtype in HALF

@@ -1,9 +1,9 @@
-"""How a kernel becomes an operator that cannot fail: `torch.ops.sfast.<name>` runs the kernel, or its plain PyTorch reference.
+"""How a kernel becomes an operator that cannot fail: `torch.ops.sfast.<name>` is the kernel, or its plain PyTorch reference.
 
 An operator has three parts. The *reference* is plain PyTorch: it defines the result, it is the pattern that fusions look
 for, and it runs wherever the kernel cannot. `supports` says, from the inputs alone and without touching the GPU, whether
-the kernel can take them. `launch` runs the kernel. A launch that raises (a broken compiler, a corrupt kernel cache, a GPU
-that a kernel does not fit) is noted once, the kernel rests for that dtype and device, and the reference gives the answer.
+the kernel can take them. `launch` runs the kernel. If a launch raises (a broken compiler, a corrupt kernel cache, a GPU
+that the kernel does not fit), that is noted once, the kernel rests for that dtype and device, and the reference answers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def define(
             raise
         except Exception as error:
             _resting.add(key)
-            note(f"kernel {name} for {args[0].dtype} on {args[0].device}", f"runs as plain PyTorch: {first_line(error)}")
+            what = f"kernel {name} for {args[0].dtype} on {args[0].device}"
+            note(what, f"runs as plain PyTorch: {first_line(error)}")
             return reference(*args)
 
     LIBRARY.define(schema)

@@ -6,6 +6,7 @@ Triton is optional, and a broken installation may raise anything on import, so i
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,21 +19,21 @@ from sfast.fallback import note
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read as Triton reads it: once, when kernels are defined
 
-triton: Any
-tl: Any
-MISSING: str | None = None  # why Triton cannot be used
 
-try:
-    import triton
-    import triton.language as tl
-except Exception as error:
-    MISSING = f"{type(error).__name__}: {error}"
+def _undecorated(kernel: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    return kernel if kernel is not None else _undecorated
 
-    def _undecorated(kernel: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-        return kernel if kernel is not None else _undecorated
 
-    triton = SimpleNamespace(jit=_undecorated)
-    tl = SimpleNamespace(constexpr=object, tensor=object)
+def _import() -> tuple[Any, Any, str | None]:
+    """(triton, triton.language, why they are missing)."""
+    try:
+        return importlib.import_module("triton"), importlib.import_module("triton.language"), None
+    except Exception as error:  # whatever a broken installation raises
+        stand_in = SimpleNamespace(jit=_undecorated), SimpleNamespace(constexpr=object, tensor=object)
+        return *stand_in, f"{type(error).__name__}: {error}"
+
+
+triton, tl, MISSING = _import()
 
 
 def triton_takes(x: torch.Tensor) -> bool:
@@ -46,13 +47,13 @@ def triton_takes(x: torch.Tensor) -> bool:
     if MISSING is not None:
         note("Triton", f"kernels run as plain PyTorch: {MISSING}")
         return False
-    return _new_enough(x.device)
+    return _is_new_enough(x.device)
 
 
 @functools.cache
-def _new_enough(device: torch.device) -> bool:
+def _is_new_enough(device: torch.device) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) >= (7, 5):
         return True
-    note("Triton", f"kernels run as plain PyTorch: they need compute capability 7.5 or later, {device} has {major}.{minor}")
+    note("Triton", f"kernels run as plain PyTorch: they need an sm75 GPU or later, {device} is sm{major}{minor}")
     return False

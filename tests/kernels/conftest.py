@@ -1,7 +1,7 @@
 """Kernels are compared with fp64 on every device that can run them, and no fallback may hide a failure.
 
-On the CPU the operators run their references, unless Triton's interpreter is on (`TRITON_INTERPRET=1`, set before anything imports
-Triton): `test_interpreted.py` runs these same files once more that way.
+On the CPU the operators run their references, unless Triton's interpreter is on (`TRITON_INTERPRET=1`, set before anything
+imports Triton): `test_interpreted.py` runs these same files once more that way.
 """
 
 from __future__ import annotations
