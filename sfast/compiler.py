@@ -7,7 +7,7 @@ read on in `component.py`, `trace.py`, `rewrite.py`, `cuda_graph.py`, and `kerne
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 OLDEST_GPU = (7, 5)
 
 
-def compile(target: T, config: CompilationConfig | None = None) -> T:  # noqa: A001 - the name users know
+def compile(target: T, config: CompilationConfig | None = None) -> T:
     """Make a diffusers pipeline, or any module, fast. Changes it in place and returns it.
 
     Compiling again with an equal configuration does nothing; with another one, it starts over.
@@ -97,5 +97,3 @@ def _unsupported(module: torch.nn.Module) -> str | None:
             have, need = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
             return f"its GPU has compute capability {have}, {need} is the oldest supported"
     return None
-
-

@@ -151,7 +151,9 @@ class Component:
         self._drop(plan)
         pool = pool_of(self.state.device)
         try:
-            plan.runner = pool.capture(lambda inputs: call.run(weights, inputs), tensors, self.config.graph_memory_budget)
+            plan.runner = pool.capture(
+                lambda inputs: call.run(weights, inputs), tensors, self.config.graph_memory_budget
+            )
             plan.pointers = self.state.pointers
         except Exception as error:
             plan.capture = False
@@ -179,9 +181,9 @@ class Component:
         failure = "no trace"
         for candidate in self._candidates(signature, call, tensors):
             try:
+                traced = candidate()
                 if check is not None:
                     check.rewind()
-                traced = candidate()
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
@@ -206,7 +208,9 @@ class Component:
     ) -> list[Callable[[], Trace | EagerCall]]:
         """Ways to compute this call, best first: a trace that served another shape, a new one, one without fusions."""
         weights = self.state.weights
-        known = [functools.partial(_same, traced) for traced in reversed(self._traces.get(signature, []))]
+        known: list[Callable[[], Trace | EagerCall]] = [
+            functools.partial(_same, traced) for traced in reversed(self._traces.get(signature, []))
+        ]
         if not self.config.enable_jit:
             return known or [functools.partial(EagerCall, self.eager, call)]
         if sum(map(len, self._traces.values())) >= MAX_TRACES:

@@ -33,7 +33,9 @@ def find_components(target: Any) -> dict[str, torch.nn.Module]:
         if isinstance(component, torch.nn.Module) and name not in SKIPPED:
             found.update(_parts(name, component))
     if not found:
-        raise ValueError(f"{type(target).__name__} has nothing to compile: none of its components is a torch.nn.Module.")
+        raise ValueError(
+            f"{type(target).__name__} has nothing to compile: none of its components is a torch.nn.Module."
+        )
     return found
 
 

@@ -61,6 +61,7 @@ def normalize(graph: Any) -> None:
     _constants_first(graph)
 
 
+_IDENTITIES = frozenset(("aten::dropout", "aten::feature_dropout", "aten::slice", "aten::div", "aten::mul"))
 _WHOLE = 2**63 - 1  # the end of `x[:]`
 
 
@@ -68,14 +69,18 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
     """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
     writes = any(_writes(node) for node in graph.nodes())  # then `x / 1` may be a copy that is written to
     for node in list(graph.nodes()):
-        kind, inputs = node.kind(), list(node.inputs())
+        kind = node.kind()
+        if kind not in _IDENTITIES:
+            continue
+        inputs = list(node.inputs())
         constants = [value.toIValue() if _is_constant(value) else None for value in inputs]
-        identity = (
-            (kind in ("aten::dropout", "aten::feature_dropout") and constants[2] is False)
-            or (kind == "aten::slice" and constants[2:] in ([0, _WHOLE, 1], [None, None, 1]))
-            or (kind in ("aten::div", "aten::mul") and len(inputs) == 2 and _is_one(constants[1]))
-            and (same_dtype is not None and same_dtype(node) and not writes)
-        )
+        if kind == "aten::slice":
+            identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
+        elif kind in ("aten::div", "aten::mul"):
+            harmless = same_dtype is not None and same_dtype(node) and not writes
+            identity = len(inputs) == 2 and _is_one(constants[1]) and harmless
+        else:
+            identity = constants[2] is False
         if identity and not _returned(graph, node):
             node.output().replaceAllUsesWith(inputs[0])
             node.destroy()
@@ -267,7 +272,7 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     nodes = _in_order({value.unique(): value.node() for value in inner})
     if _read_outside(inner, results, nodes) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
-    place = _place(graph, nodes, arguments, results)
+    place = _place(nodes, arguments, results)
     if place is None:
         return False
     fused = graph.create(f"sfast::{fusion.name}", arguments, len(results))
@@ -284,8 +289,12 @@ def _in_order(nodes: dict[int, Any]) -> list[Any]:
     for node in nodes.values():
         if not any(_same(node, other) for other in ordered):
             ordered.append(node)
-    ordered.sort(key=functools.cmp_to_key(lambda a, b: -1 if a.isBefore(b) else 1))
+    ordered.sort(key=functools.cmp_to_key(_before))
     return ordered
+
+
+def _before(a: Any, b: Any) -> int:
+    return -1 if a.isBefore(b) else 1
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -305,19 +314,21 @@ def _read_outside(inner: list[Any], results: list[Any], nodes: list[Any]) -> boo
     return False
 
 
-def _place(graph: Any, nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
+def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
     """The node to insert before: behind all arguments and, with several results, before any reader of one."""
     # With one result nobody reads the match before its last node; with several, a reader may stand in between.
     place = nodes[-1] if len(results) == 1 else nodes[0]
-    inputs = set(_ids(list(graph.inputs())))
     for argument in arguments:
-        if argument.unique() not in inputs and not argument.node().isBefore(place):
+        node = argument.node()
+        if node.kind() != "prim::Param" and not node.isBefore(place):
             return None
     return place
 
 
 def _written_values(graph: Any) -> frozenset[int]:
     """Ids of all values that may share memory with one that an operator writes to (its name ends in `_`)."""
+    if not any(_writes(node) for node in graph.nodes()):
+        return frozenset()
     leader: dict[int, int] = {}
 
     def find(key: int) -> int:

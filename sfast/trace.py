@@ -73,16 +73,18 @@ def trace(
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
         results: list[torch.Tensor] = []
         output.append(flatten(forward(*args, **kwargs), results))
+        if not results:
+            raise ValueError("the module returns no tensor")
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
-    with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache(), _Repairs():
-        graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
-    if not list(graph.outputs()):
-        raise ValueError("the module returns no tensor")
-    fired = rewrite.rewrite(graph, fusions)
-    used = rewrite.drop_unused_inputs(graph, len(weights))
-    with _quiet():
+    with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
+        with _Repairs():
+            graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
+        fired = rewrite.rewrite(graph, fusions)
+        used = rewrite.drop_unused_inputs(graph, len(weights))
+        if len(list(graph.outputs())) > 1:
+            graph.makeMultiOutputIntoTuple()
         function = torch._C._create_function_from_graph("forward", graph)
     return Trace(function, used, output[0], fired)
 
@@ -113,7 +115,7 @@ class _Repairs(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+        self._data = torch.Tensor.data.__get__
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
@@ -123,11 +125,11 @@ class _Repairs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> _Repairs:
-        torch.Tensor.__round__ = lambda tensor, digits=None: round(tensor.item(), digits)  # type: ignore[attr-defined]
+        torch.Tensor.__round__ = lambda tensor, digits=None: round(tensor.item(), digits)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        del torch.Tensor.__round__  # type: ignore[attr-defined]
+        del torch.Tensor.__round__
         super().__exit__(*error)
 
 

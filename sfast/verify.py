@@ -104,5 +104,3 @@ def _set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Ten
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-

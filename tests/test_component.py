@@ -1,0 +1,372 @@
+"""A compiled module gives eager's results in every situation, traces no more than it must, and says where it fell back."""
+
+import copy
+import inspect
+import logging
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sfast
+from sfast import CompilationConfig
+from sfast.component import MAX_TRACES
+from sfast.trace import Trace
+
+
+class Net(nn.Module):
+    """Small, with a size-dependent branch, keyword arguments and a dictionary result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 12)
+        self.outer = nn.Linear(12, 6)
+        self.scale = torch.ones(6)  # a tensor that is neither parameter nor buffer
+
+    def forward(
+        self, x: Tensor, extra: dict[str, Any] | None = None, gain: float = 1.0, flip: bool = False
+    ) -> dict[str, Tensor]:
+        y = self.outer(F.silu(self.inner(x))) * self.scale * gain
+        if extra is not None:
+            y = y + extra["bias"]
+        if x.shape[0] > 4:
+            y = y * 3
+        return {"y": y.flip(-1) if flip else y}
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net().eval().requires_grad_(False)
+
+
+def pair(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """An eager copy, which follows no change, and the compiled module."""
+    return copy.deepcopy(net), sfast.compile(net)
+
+
+def agree(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a["y"], b["y"], rtol=1e-5, atol=1e-6)
+
+
+def test_same_result_for_new_shapes_without_a_new_trace(net: Net) -> None:
+    eager, compiled = pair(net)
+    for shape in [(2, 6), (3, 6), (1, 5, 6), (2, 6)]:
+        x = torch.randn(shape)
+        agree(compiled(x), eager(x))
+    report = sfast.report(net)
+    assert (report.traces, report.fallbacks) == (1, [])
+    assert report.fusions == {"linear_silu": 1}
+    assert report.components == ["Net"]
+
+
+def test_another_structure_is_another_trace(net: Net) -> None:
+    eager, compiled = pair(net)
+    x, bias = torch.randn(2, 6), torch.randn(6)
+    calls = [
+        dict(x=x),
+        dict(x=x, extra={"bias": bias}),
+        dict(x=x, gain=2.0),
+        dict(x=x, flip=True),
+        dict(x=x.double().float()),
+    ]
+    for kwargs in calls * 2:
+        agree(compiled(**kwargs), eager(**kwargs))
+    assert sfast.report(net).traces == 4
+
+
+def test_a_decision_by_size_specialises_once(net: Net) -> None:
+    eager, compiled = pair(net)
+    for batch in (2, 3, 5, 6, 7, 4, 1):
+        x = torch.randn(batch, 6)
+        agree(compiled(x), eager(x))
+    report = sfast.report(net)
+    assert report.traces == 2 and report.fallbacks == []
+
+
+def test_without_verify_a_new_shape_is_not_compared(net: Net) -> None:
+    sfast.compile(net, CompilationConfig(verify=False))
+    small, large = torch.randn(2, 6), torch.randn(5, 6)
+    net(small)
+    assert not torch.allclose(net(large)["y"], net.forward.__wrapped__(large)["y"])
+    assert sfast.report(net).traces == 1
+
+
+def test_weights_edited_moved_and_replaced(net: Net) -> None:
+    _, compiled = pair(net)
+    x = torch.randn(2, 6)
+    compiled(x)
+    net.inner.weight.mul_(2)
+    agree(compiled(x), type(net).forward(net, x))
+    net.inner.weight.data = torch.randn(12, 6)
+    agree(compiled(x), type(net).forward(net, x))
+    net.inner.weight = nn.Parameter(torch.randn(12, 6), requires_grad=False)
+    net.scale = torch.full((6,), 0.5)
+    agree(compiled(x), type(net).forward(net, x))
+    assert sfast.report(net).traces == 1
+    net.outer = nn.Linear(12, 6).requires_grad_(False).eval()
+    agree(compiled(x), type(net).forward(net, x))
+    assert sfast.report(net).traces == 2
+    net.double()
+    net.scale = net.scale.double()
+    assert compiled(x.double())["y"].dtype is torch.float64
+    agree(compiled(x.double()), type(net).forward(net, x.double()))
+
+
+def test_gradients_wanted_run_eager_with_one_line(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    net.requires_grad_(True)
+    sfast.compile(net)
+    x = torch.randn(2, 6)
+    with caplog.at_level(logging.WARNING, "sfast"):
+        for _ in range(3):
+            net(x)["y"].sum().backward()
+    assert net.inner.weight.grad is not None
+    assert [r.message for r in caplog.records] == [
+        "Net: runs eager: gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
+    ]
+    with torch.no_grad():
+        assert not net(x)["y"].requires_grad
+    assert sfast.report(net).traces == 1
+
+
+def test_training_mode_runs_eager(net: Net) -> None:
+    sfast.compile(net.train())
+    net(torch.randn(2, 6))
+    report = sfast.report(net)
+    assert report.traces == 0 and "training" in report.fallbacks[0][1]
+
+
+def test_inference_mode_and_autocast(net: Net) -> None:
+    eager, compiled = pair(net)
+    x = torch.randn(2, 6)
+    with torch.inference_mode():
+        agree(compiled(x), eager(x))
+        inference = torch.randn(3, 6)
+    agree(compiled(inference), eager(inference))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = compiled(x), eager(x)
+    assert got["y"].dtype is expected["y"].dtype
+    torch.testing.assert_close(got["y"], expected["y"], rtol=2e-2, atol=2e-2)
+    agree(compiled(x), eager(x))
+
+
+def test_submodule_hooks_run_eager_and_are_called(net: Net) -> None:
+    seen = []
+    handle = net.inner.register_forward_hook(lambda *_: seen.append(1))
+    eager, compiled = pair(net)
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    assert seen and "hooks" in sfast.report(net).fallbacks[0][1]
+    handle.remove()
+    compiled(x)
+    assert sfast.report(net).traces == 1
+
+
+def test_idempotent_and_reconfigured(net: Net) -> None:
+    sfast.compile(net)
+    installed = net.forward
+    assert sfast.compile(net) is net and net.forward is installed
+    net(torch.randn(2, 6))
+    sfast.compile(net, CompilationConfig(enable_fused_linear_geglu=False))
+    assert net.forward is not installed
+    net(torch.randn(2, 6))
+    assert sfast.report(net).fusions == {}
+
+
+def test_restore_bit_for_bit(net: Net) -> None:
+    before = {name: (t.data_ptr(), t.clone(), t.stride()) for name, t in net.state_dict().items()}
+    keys = list(net.__dict__)
+    sfast.compile(net)
+    net(torch.randn(2, 6))
+    assert sfast.restore(net) is net
+    assert list(net.__dict__) == keys
+    for name, tensor in net.state_dict().items():
+        pointer, values, stride = before[name]
+        assert tensor.data_ptr() == pointer and torch.equal(tensor, values) and tensor.stride() == stride
+    assert sfast.report(net).components == []
+    sfast.restore(net)  # again, and on something never compiled: nothing happens
+
+
+def test_a_forward_that_was_replaced_before_is_put_back(net: Net) -> None:
+    def mine(x: Tensor) -> Tensor:
+        return x + 1
+
+    net.forward = mine  # type: ignore[method-assign, assignment]
+    sfast.compile(net)
+    assert torch.equal(net(torch.ones(3)), torch.full((3,), 2.0))
+    sfast.restore(net)
+    assert net.forward is mine
+
+
+def test_wrapped_by_another_library_after_compile(net: Net) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    eager, compiled = pair(net)
+    add_hook_to_module(net, ModelHook())
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    assert sfast.report(net).traces == 1
+    sfast.restore(net)
+    agree(net(x), eager(x))
+    remove_hook_from_module(net)
+    agree(net(x), eager(x))
+
+
+def test_copies_and_pickles_are_ordinary_modules(net: Net) -> None:
+    sfast.compile(net)
+    x = torch.randn(2, 6)
+    expected = net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        agree(other(x), expected)
+        other.inner.weight.zero_()
+        assert not torch.allclose(other(x)["y"], expected["y"])
+        assert sfast.report(other).components == []
+    agree(net(x), expected)
+
+
+def test_signature_stays_readable(net: Net) -> None:
+    before = inspect.signature(net.forward)
+    assert inspect.signature(sfast.compile(net).forward) == before
+
+
+def test_the_random_numbers_go_on_as_in_eager() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + torch.randn_like(x)
+
+    x = torch.zeros(2, 4)
+    torch.manual_seed(3)
+    eager = Noisy().eval()
+    expected = [eager(x), eager(x), torch.randn(2)]
+    compiled = sfast.compile(Noisy().eval())
+    torch.manual_seed(3)
+    got = [compiled(x), compiled(x), torch.randn(2)]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert sfast.report(compiled).fallbacks == []
+
+
+class Odd(nn.Module):
+    """One of several things that no trace can do."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.weight = what, nn.Parameter(torch.ones(3), requires_grad=False)
+        self.calls = 0
+
+    def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Any:
+        y = x * self.weight
+        if self.what == "value":
+            return y + 1 if x.sum() > 0 else y - 1
+        if self.what == "counter":
+            self.calls += 1
+            return y * self.calls
+        if self.what == "list":
+            assert cache is not None
+            cache.append(y)
+            return y
+        if self.what == "argument":
+            x.add_(1)
+            return x * self.weight
+        if self.what == "generator":
+            return y, torch.Generator()
+        raise AssertionError(self.what)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("value", r"DecidesByValue: it decides in Python by the value of a tensor, test_component\.py:\d+"),
+        ("list", "it changes the containers it is called with"),
+        ("argument", "it writes to its arguments or weights"),
+        ("generator", "its result cannot be rebuilt: a value of type torch._C.Generator cannot be traced"),
+    ],
+)
+def test_what_cannot_be_traced_runs_eager_with_the_reason(what: str, reason: str) -> None:
+    eager, compiled = Odd(what).eval(), sfast.compile(Odd(what).eval())
+    for sign in (1, -1, 1):
+        mine, theirs = [torch.full((3,), float(sign)) for _ in range(2)]
+        extra = ([], []) if what == "list" else (None, None)
+        got, expected = compiled(mine, extra[0]), eager(theirs, extra[1])
+        got, expected = (got[0], expected[0]) if what == "generator" else (got, expected)
+        assert torch.equal(got, expected) and torch.equal(mine, theirs)
+        assert what != "list" or len(extra[0]) == len(extra[1]) == 1
+    fallbacks = sfast.report(compiled).fallbacks
+    assert len([f for f in fallbacks if f[0] == "Odd"]) == 1
+    assert re.search(reason, fallbacks[0][1])
+
+
+def test_an_operator_that_computes_wrong_is_caught(
+    net: Net, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    eager = copy.deepcopy(net)
+    sfast.compile(net)
+    component = net.forward
+    original = Trace.run
+
+    def corrupted(self: Any, weights: Any, tensors: Any) -> Any:
+        outputs = original(self, weights, tensors)
+        return [output * 1.5 for output in outputs] if self.fusions else outputs
+
+    monkeypatch.setattr(Trace, "run", corrupted)
+    x = torch.randn(2, 6)
+    with caplog.at_level(logging.WARNING, "sfast"):
+        agree(net(x), eager(x))
+    assert component.fired().total() == 0
+    assert "a fused graph disagreed with eager at 2x6" in caplog.text
+
+
+def test_a_graph_that_is_always_wrong_falls_back_with_shape_and_error(
+    net: Net, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    original = Trace.run
+    monkeypatch.setattr(Trace, "run", lambda self, w, t: [o * 1.5 for o in original(self, w, t)])
+    eager, compiled = pair(net)
+    x = torch.randn(2, 6)
+    with caplog.at_level(logging.WARNING, "sfast"):
+        for _ in range(3):
+            agree(compiled(x), eager(x))
+    lines = [r.message for r in caplog.records]
+    assert lines[-1] == "Net: runs eager at 2x6: relative error 0.5 against eager, allowed 0.0001"
+    assert len(lines) == len(set(lines))
+
+
+def test_structures_that_never_repeat_stop_being_traced(net: Net) -> None:
+    eager, compiled = pair(net)
+    x = torch.randn(2, 6)
+    for i in range(MAX_TRACES + 3):
+        agree(compiled(x, gain=float(i)), eager(x, gain=float(i)))
+    report = sfast.report(net)
+    assert report.traces == MAX_TRACES
+    assert f"more than {MAX_TRACES}" in report.fallbacks[0][1]
+
+
+def test_without_jit_the_eager_module_runs(net: Net) -> None:
+    eager = copy.deepcopy(net)
+    sfast.compile(net, CompilationConfig(enable_jit=False))
+    x = torch.randn(2, 6)
+    agree(net(x), eager(x))
+    agree(net(x), eager(x))
+    assert sfast.report(net).fallbacks == []
+
+
+def test_inside_a_users_own_trace(net: Net) -> None:
+    sfast.compile(net)
+    x = torch.randn(2, 6)
+    expected = net(x)["y"]
+    traced = torch.jit.trace(lambda x: net(x)["y"], (x,), check_trace=False)
+    assert torch.equal(traced(x), expected)
+
+
+def test_report_prints_a_table(net: Net) -> None:
+    sfast.compile(net)
+    net(torch.randn(2, 6))
+    text = str(sfast.report(net))
+    assert "Net" in text and "linear_silu" in text and "fallbacks: none" in text

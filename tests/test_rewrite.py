@@ -1,0 +1,135 @@
+"""The matcher finds what it should, leaves what it must, and edits a graph without changing what it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfast.fusions.group_norm import GROUP_NORM_SILU
+from sfast.fusions.layer_norm import ADD_LAYER_NORM
+from sfast.fusions.linear import LINEAR_SILU
+from sfast.rewrite import Fusion, normalize
+from sfast.structure import flatten
+from sfast.trace import Trace, trace
+
+
+def fused(forward: Callable[..., Any], *args: Tensor, fusions: list[Fusion]) -> Trace:
+    tensors: list[Tensor] = []
+    call = flatten((args, {}), tensors)
+    traced = trace(forward, [], call, tensors, fusions)
+    expected: list[Tensor] = []
+    flatten(forward(*args), expected)
+    for result, wanted in zip(traced.run([], tensors), expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+    return traced
+
+
+W, B = torch.randn(8, 8), torch.randn(8)
+
+
+def test_every_occurrence_is_found() -> None:
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = F.silu(F.linear(x, W, B))
+        return x
+
+    assert fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).fusions == {"linear_silu": 3}
+
+
+def test_addition_matches_in_both_orders_and_keeps_the_sum_readable() -> None:
+    def forward(x: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        a, b = x + r * 2, r * 2 + x
+        return F.layer_norm(a, [8], W[0], B), a, F.layer_norm(b * 1.5 + a, [8]), b
+
+    traced = fused(forward, torch.randn(2, 8), torch.randn(2, 8), fusions=[ADD_LAYER_NORM])
+    assert traced.fusions == {"add_layer_norm": 2}
+
+
+def test_addition_with_a_factor_does_not_match() -> None:
+    traced = fused(
+        lambda x, r: F.layer_norm(torch.add(x, r, alpha=2), [8]),
+        torch.randn(2, 8),
+        torch.randn(2, 8),
+        fusions=[ADD_LAYER_NORM],
+    )
+    assert traced.fusions == {}
+
+
+def test_a_middle_value_read_elsewhere_refuses() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        middle = F.linear(x, W, B)
+        return F.silu(middle), middle.mean()
+
+    assert fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).fusions == {}
+
+
+def test_a_middle_value_that_is_returned_refuses() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        middle = F.linear(x, W, B)
+        return F.silu(middle), middle
+
+    assert fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).fusions == {}
+
+
+def test_a_value_written_in_place_refuses() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x.view(2, 4, 4).clone()
+        first = y[0]
+        z = F.group_norm(y, 2)
+        first.mul_(2)  # after the norm has read it, before the fused operator would
+        return F.silu(z) + y.sum()
+
+    x = torch.randn(2, 16)
+    traced = fused(forward, x, fusions=[GROUP_NORM_SILU])
+    assert traced.fusions in ({}, {"group_norm_silu": 1})  # fused only where the write was made functional
+    again = torch.randn(2, 16)
+    torch.testing.assert_close(traced.run([], [again])[0], forward(again), rtol=0, atol=0)
+
+
+def test_none_matches_an_optional_argument_only() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, 4, None, None)) + F.silu(F.linear(x, W, None))
+
+    traced = fused(forward, torch.randn(8, 8), fusions=[GROUP_NORM_SILU, LINEAR_SILU])
+    assert traced.fusions == {"group_norm_silu": 1, "linear_silu": 1}
+
+
+def test_an_argument_that_is_computed_between_is_not_moved() -> None:
+    # The residual of the second addition is computed from the first result: it stands behind the place of the pattern.
+    def forward(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + r
+        scale = total.mean(0)
+        return F.layer_norm(total, [8], scale, B), total
+
+    traced = fused(forward, torch.randn(2, 8), torch.randn(2, 8), fusions=[ADD_LAYER_NORM])
+    assert traced.fusions == {}
+
+
+def _kinds(forward: Callable[..., Any], *args: Tensor) -> list[str]:
+    with torch.no_grad():
+        graph, _ = torch._C._create_graph_by_tracing(forward, args, lambda _: "", True, False)
+    normalize(graph)
+    return [node.kind() for node in graph.nodes() if node.kind().startswith("aten::")]
+
+
+@pytest.mark.parametrize(
+    ("forward", "kinds"),
+    [
+        (lambda x: F.dropout(x, 0.5, training=False) * 2, ["aten::mul"]),
+        (lambda x: x[:, :].sin(), ["aten::sin"]),
+        (lambda x: (x / 1.0).sin(), ["aten::sin"]),
+        (lambda x: (x / 2.0).sin(), ["aten::div", "aten::sin"]),
+        (lambda x: F.conv2d(x[None, None], torch.ones(1, 1, 2, 2)).sin(), ["aten::unsqueeze"] * 2 + ["aten::conv2d", "aten::sin"]),
+        (lambda x: x.clone().mul_(2).sin(), ["aten::clone", "aten::mul", "aten::sin"]),
+        (lambda x: x.sin() + x.sin(), ["aten::sin", "aten::add"]),
+    ],
+)  # fmt: skip
+def test_normal_spelling(forward: Callable[..., Any], kinds: list[str]) -> None:
+    assert _kinds(forward, torch.randn(3, 4)) == kinds
+
+
+def test_division_by_one_stays_where_it_changes_the_dtype() -> None:
+    assert _kinds(lambda x: (x / 1.0).sin(), torch.ones(3, dtype=torch.int64)) == ["aten::div", "aten::sin"]

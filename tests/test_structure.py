@@ -1,0 +1,58 @@
+"""Arguments come out of `flatten` and `unflatten` as they went in."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@dataclasses.dataclass
+class Box:
+    value: Any
+    label: str = "x"
+
+
+def _roundtrip(value: Any) -> tuple[Any, list[torch.Tensor]]:
+    tensors: list[torch.Tensor] = []
+    description = flatten(value, tensors)
+    hash(description)
+    return unflatten(description, tensors), tensors
+
+
+def test_nested_values_come_back() -> None:
+    a, b, c = torch.ones(2), torch.zeros(3), torch.full((1,), 5.0)
+    value = {"x": [a, (b, None)], "y": Box(c, "label"), "z": Pair(1, 2.5), "flag": True, "dtype": torch.float16}
+    back, tensors = _roundtrip(value)
+    assert [id(t) for t in tensors] == [id(a), id(b), id(c)]
+    assert back["x"][0] is a and back["x"][1][0] is b and back["x"][1][1] is None
+    assert back["y"].value is c and back["y"].label == "label" and isinstance(back["z"], Pair) and back["z"] == (1, 2.5)
+    assert type(back["x"]) is list and type(back["x"][1]) is tuple and back["flag"] is True
+
+
+def test_model_output_comes_back_as_itself() -> None:
+    sample = torch.ones(2)
+    back, _ = _roundtrip(UNet2DConditionOutput(sample=sample))
+    assert isinstance(back, UNet2DConditionOutput) and back.sample is sample and back[0] is sample
+
+
+def test_numbers_of_different_kind_are_different_structures() -> None:
+    descriptions = [flatten(value, []) for value in (1, 1.0, True)]
+    assert len(set(descriptions)) == 3
+    assert flatten([1], []) != flatten((1,), [])
+    assert flatten({"a": None}, []) != flatten({"b": None}, [])
+
+
+def test_unknown_object_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedStructure, match="Generator"):
+        flatten({"generator": torch.Generator()}, [])
+
+
+def test_shapes_for_a_log_line() -> None:
+    assert describe_shapes([torch.ones(2, 4), torch.tensor(1)]) == "2x4, scalar"

@@ -1,0 +1,120 @@
+"""One trace serves other shapes, values and weights; what a trace cannot know is refused or mended."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfast.structure import flatten
+from sfast.trace import DecidesByValue, Trace, is_tracing, trace
+
+
+def _trace(module: Callable[..., Any], *args: Any, weights: list[Tensor] | None = None) -> tuple[Trace, list[Tensor]]:
+    tensors: list[Tensor] = []
+    call = flatten((args, {}), tensors)
+    weights = list(module.parameters()) if weights is None and isinstance(module, nn.Module) else weights or []
+    forward = module.forward if isinstance(module, nn.Module) else module
+    return trace(forward, weights, call, tensors, []), weights
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 4), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        return F.gelu(self.used(x.reshape(b * n, c))).view(b, n, -1) / (n // 2)
+
+
+def test_one_trace_serves_other_shapes() -> None:
+    block = Block()
+    traced, weights = _trace(block, torch.randn(2, 4, 6))
+    assert traced.used_weights == [0, 1]
+    for shape in [(2, 4, 6), (1, 9, 6), (5, 2, 6)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert torch.equal(traced.run(weights, [x])[0], block(x))
+
+
+def test_weights_are_inputs_and_never_copied() -> None:
+    block = Block()
+    traced, weights = _trace(block, torch.randn(2, 4, 6))
+    x = torch.randn(2, 4, 6)
+    with torch.no_grad():
+        block.used.weight.mul_(3)  # in place
+        block.used.bias.data = torch.randn(4)  # other storage
+        assert torch.equal(traced.run(weights, [x])[0], block(x))
+        block.used.weight = nn.Parameter(torch.randn(4, 6))  # another object: passed like any input
+        assert torch.equal(traced.run(list(block.parameters()), [x])[0], block(x))
+
+
+def test_writes_through_data_are_kept() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.data[:, 0] = x[:, 1] * 7
+        return y + 1
+
+    traced, _ = _trace(forward, torch.randn(2, 3))
+    x = torch.randn(4, 3)
+    assert torch.equal(traced.run([], [x])[0], forward(x))
+
+
+def test_round_of_a_size_is_traced() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x[:, : round(x.shape[1] / 2)]
+
+    traced, _ = _trace(forward, torch.randn(2, 8))
+    x = torch.randn(2, 8)
+    assert torch.equal(traced.run([], [x])[0], x[:, :4])
+    assert not hasattr(Tensor, "__round__")
+
+
+@pytest.mark.parametrize("decide", [bool, float, int, Tensor.item, Tensor.tolist], ids=lambda f: f.__name__)
+def test_decision_by_value_is_refused_with_its_line(decide: Callable[[Tensor], Any]) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x + 1 if decide(x.sum() * 2) else x
+
+    with pytest.raises(DecidesByValue, match=r"test_trace\.py:\d+.*decide\(x\.sum\(\)"):
+        _trace(forward, torch.randn(3))
+    assert not is_tracing()
+
+
+def test_decision_by_size_is_allowed() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x + 1 if x.shape[0] > 2 else x - 1
+
+    traced, _ = _trace(forward, torch.zeros(3))
+    assert torch.equal(traced.run([], [torch.zeros(3)])[0], torch.ones(3))
+
+
+def test_an_input_returned_as_it_is() -> None:
+    traced, _ = _trace(lambda x, y: {"same": x, "sum": x + y, "n": 3}, torch.ones(2), torch.ones(2))
+    x, y = torch.randn(4), torch.randn(4)
+    result = traced.unflatten(traced.run([], [x, y]))
+    assert torch.equal(result["same"], x) and torch.equal(result["sum"], x + y) and result["n"] == 3
+
+
+def test_the_same_tensor_twice_does_not_tie_the_arguments() -> None:
+    same = torch.randn(3)
+    traced, _ = _trace(lambda a, b: a - 2 * b, same, same)
+    a, b = torch.randn(3), torch.randn(3)
+    assert torch.equal(traced.run([], [a, b])[0], a - 2 * b)
+
+
+def test_autocast_is_part_of_the_trace() -> None:
+    layer = nn.Linear(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        traced, weights = _trace(layer, torch.randn(2, 4))
+        x = torch.randn(2, 4)
+        expected = layer(x)
+    assert expected.dtype is torch.bfloat16
+    assert torch.equal(traced.run(weights, [x])[0], expected)
+
+
+def test_no_tensor_in_the_result() -> None:
+    with pytest.raises(ValueError, match="returns no tensor"):
+        _trace(lambda x: 3, torch.ones(1))
