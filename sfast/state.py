@@ -74,7 +74,7 @@ class ModuleState:
 
     def why_eager(self, tensors: list[torch.Tensor]) -> str | None:
         """Why a call with these tensors cannot run compiled as the module is, or None."""
-        if any(self._tree.hooks):
+        if any(self._tree.hooks) and any(_is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
             return "a submodule has forward hooks, which a compiled graph would not call"
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*tensors, *self.weights)]):
             return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
@@ -122,6 +122,11 @@ def _read(root: torch.nn.Module) -> _Tree:
         if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
             tree.adapters.append(module)
     return tree
+
+
+def _is_foreign(hook: Any) -> bool:
+    # transformers collects intermediate results with hooks of its own: they compute, and are traced like the rest.
+    return not getattr(hook, "__module__", "").startswith("transformers.")
 
 
 def _adapter_state(layer: Any) -> Hashable:
