@@ -297,5 +297,7 @@ def _autocast(device_type: str) -> Hashable:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    # TorchScript tells its story bottom up: the cause stands in the last line.
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    line = (lines[-1] if "TorchScript" in lines[0] else lines[0]) if lines else ""
+    return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"

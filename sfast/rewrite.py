@@ -62,6 +62,7 @@ def normalize(graph: Any) -> None:
 
 
 _IDENTITIES = frozenset(("aten::dropout", "aten::feature_dropout", "aten::slice", "aten::div", "aten::mul"))
+_COMPUTED = object()  # stands for a value that is not constant
 _WHOLE = 2**63 - 1  # the end of `x[:]`
 
 
@@ -73,7 +74,7 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         if kind not in _IDENTITIES:
             continue
         inputs = list(node.inputs())
-        constants = [value.toIValue() if _is_constant(value) else None for value in inputs]
+        constants = [value.toIValue() if _is_constant(value) else _COMPUTED for value in inputs]
         if kind == "aten::slice":
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
         elif kind in ("aten::div", "aten::mul"):

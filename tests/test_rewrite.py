@@ -131,5 +131,15 @@ def test_normal_spelling(forward: Callable[..., Any], kinds: list[str]) -> None:
     assert _kinds(forward, torch.randn(3, 4)) == kinds
 
 
+def test_a_slice_with_computed_ends_stays() -> None:
+    def forward(x: Tensor, like: Tensor) -> Tensor:
+        start = x.shape[0] - like.shape[0]
+        return x[start : start + like.shape[0]].sin()
+
+    traced = fused(forward, torch.randn(6, 2), torch.randn(3), fusions=[])
+    x, like = torch.randn(9, 2), torch.randn(2)
+    torch.testing.assert_close(traced.run([], [x, like])[0], forward(x, like), rtol=0, atol=0)
+
+
 def test_division_by_one_stays_where_it_changes_the_dtype() -> None:
     assert _kinds(lambda x: (x / 1.0).sin(), torch.ones(3, dtype=torch.int64)) == ["aten::div", "aten::sin"]
