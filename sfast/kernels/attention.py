@@ -19,8 +19,8 @@ def xformers_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> T
 
 
 def _supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    dense = query.is_cuda and query.dim() == 4 and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return dense and _memory_efficient_attention() is not None
+    known = query.dim() == 4 and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return known and _memory_efficient_attention() is not None
 
 
 @functools.cache

@@ -1,0 +1,79 @@
+"""xformers' attention: used in its own layout where it works, PyTorch's with one line where it is missing or fails."""
+
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfast import fallback
+from sfast.kernels import attention, op
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    def forget() -> None:
+        attention._memory_efficient_attention.cache_clear()
+        op.wake()
+        fallback.forget()
+
+    forget()
+    yield
+    forget()
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, attend: Any) -> None:
+    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    package.ops, ops.memory_efficient_attention = ops, attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+
+
+def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+
+
+def test_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shapes.append((tuple(query.shape), tuple(key.shape), tuple(value.shape)))
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+
+    _install(monkeypatch, attend)
+    query, key, value = _inputs()
+    result = torch.ops.sfast.xformers_attention(query, key, value)
+    torch.testing.assert_close(result, F.scaled_dot_product_attention(query, key, value))
+    assert shapes == [((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))]
+
+
+def test_missing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    inputs = _inputs()
+    with caplog.at_level(logging.WARNING, "sfast"):
+        for _ in range(2):
+            torch.testing.assert_close(
+                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
+            )
+    assert len(caplog.records) == 1
+    assert "xformers attention: runs as PyTorch's" in caplog.text
+
+
+def test_failing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def attend(*args: Tensor) -> Tensor:
+        raise NotImplementedError("No operator found for this attention")
+
+    _install(monkeypatch, attend)
+    inputs = _inputs()
+    with caplog.at_level(logging.WARNING, "sfast"):
+        for _ in range(2):
+            torch.testing.assert_close(
+                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
+            )
+    assert len(caplog.records) == 1
+    assert "No operator found" in caplog.text
