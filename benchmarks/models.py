@@ -66,14 +66,19 @@ class Model:
 # Building.
 
 
-def build_architecture(name: str) -> nn.Module:
-    """The module of `ARCHITECTURES[name]` on torch's default device in its default dtype, in evaluation mode."""
+def class_of(name: str) -> type[nn.Module]:
+    """The diffusers class of `ARCHITECTURES[name]`; its first use imports much, so a benchmark asks ahead of time."""
     import diffusers
 
-    architecture = ARCHITECTURES[name]
-    if not hasattr(diffusers, architecture.cls):
-        raise LookupError(f"{name} needs diffusers with {architecture.cls}, got diffusers {diffusers.__version__}")
-    return getattr(diffusers, architecture.cls)(**architecture.config).eval().requires_grad_(False)
+    cls = ARCHITECTURES[name].cls
+    if not hasattr(diffusers, cls):
+        raise LookupError(f"{name} needs a diffusers with {cls}, got diffusers {diffusers.__version__}")
+    return getattr(diffusers, cls)
+
+
+def build_architecture(name: str) -> nn.Module:
+    """The module of `ARCHITECTURES[name]` on torch's default device in its default dtype, in evaluation mode."""
+    return class_of(name)(**ARCHITECTURES[name].config).eval().requires_grad_(False)
 
 
 def build(model: Model, device: torch.device, seed: int = 0) -> Parts:

@@ -36,7 +36,7 @@ import itertools
 import torch
 
 from benchmarks.measure import LADDER, VARIANTS, Settings, measure, reference
-from benchmarks.models import MODELS, Model
+from benchmarks.models import MODELS, Model, class_of
 
 COLUMNS = [
     "run",
@@ -125,6 +125,12 @@ def run_model(
     scratch: Path,
 ) -> int:
     """Measure every variant of `model`, print and append each row; return how many failed or were wrong."""
+    try:
+        for architecture in model.parts.values():
+            class_of(architecture)  # imported here, every process forked below has it
+    except LookupError as error:
+        print(f"\n{model.name}: {error}", flush=True)
+        return len(options.variants)
     path = scratch / f"{model.name}.pt"
     out = options.out or (None if model.name.startswith("tiny") else RESULTS)
     left = partial(_left, deadline, options.limit)
