@@ -73,6 +73,8 @@ class Component:
         self.fallbacks: dict[str, None] = {}
         self._own_forward = module.__dict__.get("forward")  # somebody else's replacement, to be put back
         self._traces: dict[Hashable, list[Trace | EagerCall]] = {}
+        self._traced = 0  # how often, over the whole life
+        self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
         self._relaid: list[torch.nn.Parameter] = []  # weights that were given another memory format
         self._lock = threading.RLock()
@@ -97,10 +99,7 @@ class Component:
                 del self.module.__dict__["forward"]
             else:
                 self.module.__dict__["forward"] = self._own_forward
-        for plan in self._plans.values():
-            self._drop(plan)
-        self._plans.clear()
-        self._traces.clear()
+        self._forget()
         for weight in self._relaid:
             weight.data = weight.data.contiguous()
         self._relaid.clear()
@@ -116,6 +115,10 @@ class Component:
         except UnsupportedStructure as error:
             return self._stay_eager(str(error), args, kwargs)
         self.state.refresh()
+        if self.state.version != self._version:
+            with self._lock:
+                self._forget()  # another computation: what was traced for the one before is never asked again
+                self._version = self.state.version
         why = self.state.why_eager(tensors)
         if why is not None:
             return self._stay_eager(why, args, kwargs)
@@ -159,6 +162,12 @@ class Component:
             plan.capture = False
             self._note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {_first_line(error)}")
 
+    def _forget(self) -> None:
+        for plan in self._plans.values():
+            self._drop(plan)
+        self._plans.clear()
+        self._traces.clear()
+
     def _drop(self, plan: Plan) -> None:
         if plan.runner is not None:
             plan.runner.pool.drop(plan.runner)
@@ -196,6 +205,7 @@ class Component:
                 known = self._traces.setdefault(signature, [])
                 if traced not in known:
                     known.append(traced)
+                    self._traced += isinstance(traced, Trace)
                 if check is not None:
                     check.finish()
                 return traced.unflatten(outputs)
@@ -252,9 +262,9 @@ class Component:
     # ------------------------------------------------------------------------------------------------------- reporting
 
     def counts(self) -> tuple[int, int]:
-        """How many traces and captured graphs there are."""
+        """How often the module was traced, and how many captured graphs there are."""
         graphs = sum(plan.runner is not None and plan.runner.graph is not None for plan in self._plans.values())
-        return sum(map(len, self._traces.values())), graphs
+        return self._traced, graphs
 
     def fired(self) -> Counter[str]:
         """How often each fusion fired in the trace that has most of them; shapes and structures repeat the same places."""

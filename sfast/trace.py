@@ -27,7 +27,7 @@ from sfast.structure import flatten, unflatten
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Trace:
     """A traced call: `run(weights, tensors)` computes it, for any shapes that take the same way through the module."""
 
