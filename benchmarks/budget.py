@@ -18,17 +18,17 @@ from torch.profiler import ProfilerActivity, profile
 KERNEL_CLASSES: tuple[tuple[str, str], ...] = (
     ("memset", r"memset"),
     ("memcpy", r"memcpy"),
+    ("fused by inductor", r"^triton_(poi|red|per|for)"),
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
     ("layout change", r"nchwtonhwc|nhwctonchw|tensor_?transpose|nchw_to_nhwc|nhwc_to_nchw"),
     ("convolution", r"conv|fprop|winograd|implicit_gemm|wgrad|dgrad"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|_mm_|_mm\d*$|gemv"),
-    ("group norm", r"group_?norm|rowwisemoments|computefusedparams"),
+    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^_(moments|apply|merge_parts|whole_group)"),
     ("layer norm", r"layer_?norm|rms_?norm"),
     ("softmax", r"softmax"),
-    ("fused by inductor", r"^triton_(poi|red|per|for)"),
     ("copy or cat", r"copy|cat(array|_)|concat|fill"),
     ("reduction", r"reduce"),
-    ("pointwise", r"elementwise|vectorized|unrolled|pointwise|upsample"),
+    ("pointwise", r"^_gate|elementwise|vectorized|unrolled|pointwise|upsample"),
 )
 
 

@@ -103,9 +103,11 @@ def test_the_ladder_sets_fields_that_exist_and_ends_at_the_default() -> None:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3i_128x128x40", "attention"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
         ("triton_poi_fused_add_mul_silu_3", "fused by inductor"),
-        ("triton_red_fused_native_group_norm_12", "group norm"),
+        ("triton_per_fused_clone_convolution_native_group_norm_12", "fused by inductor"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::gelu>(int)", "pointwise"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<__half, 4>", "copy or cat"),
+        ("_apply_channels_last", "group norm"),
+        ("_layer_norm_rows", "layer norm"),
         ("something_new", "other"),
     ],
 )
