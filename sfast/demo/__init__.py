@@ -31,4 +31,7 @@ def load(device: str | torch.device | None = None, dtype: torch.dtype | None = N
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return StableDiffusionPipeline.from_pretrained(PATH, local_files_only=True).to(device, dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(PATH, local_files_only=True).to(device)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` would warn of layers to keep in fp32, and lists none
+    return pipe

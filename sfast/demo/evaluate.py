@@ -1,6 +1,6 @@
 """How often does the picture show what the caption says? 500 captions that training never drew, judged by a classifier.
 
-`python -m sfast.demo.evaluate` prints the table of the model card and can write the grid of example pictures.
+`python -m sfast.demo.evaluate` prints the table of the model card.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from sfast.demo import GUIDANCE, JUDGE, PATH, STEPS
+from sfast.demo import GUIDANCE, JUDGE, STEPS, load
 from sfast.demo.data import Scenes, captions, draw, sample_scenes
 from sfast.demo.judge import Judge, load_judge, verdicts
 
@@ -90,8 +90,6 @@ def grid(pictures: Tensor, columns: int, path: Path, scale: int = 1) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sfast.demo.evaluate", description=__doc__)
-    parser.add_argument("--pipeline", type=Path, default=PATH, help="the pipeline folder (default: the shipped one)")
-    parser.add_argument("--judge", type=Path, default=JUDGE, help="the judge's weights (default: the shipped ones)")
     parser.add_argument("--captions", type=int, default=CAPTIONS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
@@ -99,8 +97,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline).to(options.device, getattr(torch, options.dtype))
-    result = evaluate(pipe, load_judge(options.judge), options.captions, options.steps, tuple(options.guidance))
+    pipe = load(options.device, getattr(torch, options.dtype))
+    result = evaluate(pipe, load_judge(JUDGE), options.captions, options.steps, tuple(options.guidance))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sfast.demo.data import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, VOCABULARY
@@ -98,7 +99,10 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline folder in fp16, in such a way that a plain `from_pretrained` gives fp32 throughout."""
     halves = [copy.deepcopy(part).half() for part in (pipe.vae, pipe.text_encoder, pipe.unet)]
     assemble(*halves).save_pretrained(folder)
-    # transformers 5 writes its own class name and would load the text encoder alone in fp16.
+    # transformers 5 writes names that version 4 does not know, and would load the text encoder alone in fp16.
+    weights = folder / "text_encoder" / "model.safetensors"
+    named = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
     for name, section, value in (
         ("model_index.json", "tokenizer", ["transformers", "PreTrainedTokenizerFast"]),
         ("tokenizer/tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),

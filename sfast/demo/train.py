@@ -36,7 +36,7 @@ from sfast.demo.models import (
     save,
 )
 
-STEPS = {"judge": 4000, "vae": 5000, "denoiser": 40000, "outlines": 1500, "inverted": 1500}
+STEPS = {"judge": 4000, "vae": 5000, "denoiser": 12000, "outlines": 1500, "inverted": 1500}
 BATCH = {"judge": 512, "vae": 256, "denoiser": 512, "outlines": 256, "inverted": 256}
 PEAK = {"judge": 1e-3, "vae": 1e-3, "denoiser": 1e-3, "outlines": 1e-3, "inverted": 1e-3}
 # Drawn beforehand, anew in every piece.
@@ -55,8 +55,8 @@ class Run:
         self.state, self.device, self.seed, self.small = state, torch.device(device), seed, small
         self.clock = Clock(time.monotonic() + 60 * minutes)
         self.steps = {name: 12 if small else steps for name, steps in STEPS.items()}
-        self.batch = {name: 8 if small else size for name, size in BATCH.items()}
-        self.pictures = {name: 64 if small else count for name, count in PICTURES.items()}
+        self.batch = {name: 4 if small else size for name, size in BATCH.items()}
+        self.pictures = {name: 24 if small else count for name, count in PICTURES.items()}
         path = state / "progress.json"
         self.progress: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
 
@@ -254,12 +254,12 @@ def measure(run: Run) -> None:
     """The figures and the example pictures of what there is so far."""
     pipe, judge = run.pipeline(), load_judge(run.state / "judge.safetensors")
     scales = (GUIDANCE,) if run.small else (1.0, 2.0, GUIDANCE, 5.0, 7.5)
-    count, steps = (16, 2) if run.small else (500, 25)
+    count, steps = (8, 1) if run.small else (500, 25)
     result = evaluate(pipe, judge, count, steps, scales)
     (run.state / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result), flush=True)
     scenes = held_out_scenes(count)
-    few = 2 if run.small else 8
+    few = 1 if run.small else 8
     prompts = captions(scenes[torch.cat([torch.arange(few), count // 2 + torch.arange(3 * few)])])
     sheets = [generate(pipe, prompts, steps=steps)]
     for style in LORAS:
