@@ -18,6 +18,7 @@ def small(monkeypatch):
         return TINY["text-to-image"].build().to(device, dtype)
 
     monkeypatch.setattr(demo, "load", load)
+    monkeypatch.setattr(picture, "quiet", lambda: None)  # the other tests want to hear the libraries
     return calls
 
 
