@@ -73,6 +73,33 @@ def test_round_of_a_size_is_traced() -> None:
     assert not hasattr(Tensor, "__round__")
 
 
+def test_repeating_by_a_size_is_traced_without_an_index() -> None:
+    def forward(x: Tensor, frames: Tensor) -> Tensor:
+        count = frames.shape[1]
+        rows = x.repeat_interleave(count, dim=0, output_size=x.shape[0] * count)
+        return torch.repeat_interleave(rows, count, -1) + x.repeat_interleave(2, dim=0).sum()
+
+    traced, _ = _trace(forward, torch.randn(2, 3), torch.randn(1, 4))
+    assert "index" not in str(traced.function.graph)
+    inputs = [torch.randn(3, 2), torch.randn(1, 5)]
+    assert torch.equal(traced.run([], inputs)[0], forward(*inputs))
+
+
+def test_repeat_interleave_by_a_size() -> None:
+    def forward(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        n = like.shape[0]
+        return (
+            x.repeat_interleave(n, dim=0, output_size=x.shape[0] * n),
+            torch.repeat_interleave(x, repeats=n),
+            x.repeat_interleave(n, -1),
+        )
+
+    traced, _ = _trace(forward, torch.randn(2, 3), torch.randn(4))
+    x, like = torch.randn(3, 5), torch.randn(2)
+    for result, expected in zip(traced.run([], [x, like]), forward(x, like), strict=True):
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("decide", [bool, float, int, Tensor.item, Tensor.tolist], ids=lambda f: f.__name__)
 def test_decision_by_value_is_refused_with_its_line(decide: Callable[[Tensor], Any]) -> None:
     def forward(x: Tensor) -> Tensor:
