@@ -32,29 +32,36 @@ Stream make_stream() {
   return Stream(stream, &cudaStreamDestroy);
 }
 
-float time_once(const std::function<void()>& work, cudaStream_t stream) {
-  const Event begin = make_event(), end = make_event();
-  CUDA_CHECK(cudaEventRecord(begin.get(), stream));
+// The time between two points of a stream, to be read when the stream has passed both.
+struct Span {
+  Event begin = make_event(), end = make_event();
+
+  float ms() const {
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin.get(), end.get()));
+    return ms;
+  }
+};
+
+Span time(const std::function<void()>& work, cudaStream_t stream) {
+  Span span;
+  CUDA_CHECK(cudaEventRecord(span.begin.get(), stream));
   work();
-  CUDA_CHECK(cudaEventRecord(end.get(), stream));
-  CUDA_CHECK(cudaEventSynchronize(end.get()));
-  float ms = 0;
-  CUDA_CHECK(cudaEventElapsedTime(&ms, begin.get(), end.get()));
-  return ms;
+  CUDA_CHECK(cudaEventRecord(span.end.get(), stream));
+  return span;
 }
 
 // Short work is timed as a graph of many launches, so that the processor's launch time stays out of the figure.
-GraphExec repeat_as_graph(const std::function<void(cudaStream_t)>& work, int times) {
-  const Stream side = make_stream();
-  CUDA_CHECK(cudaStreamBeginCapture(side.get(), cudaStreamCaptureModeRelaxed));
+GraphExec repeat_as_graph(const std::function<void(cudaStream_t)>& work, int times, cudaStream_t side) {
+  CUDA_CHECK(cudaStreamBeginCapture(side, cudaStreamCaptureModeRelaxed));
   std::exception_ptr error;
   try {
-    for (int i = 0; i < times; ++i) work(side.get());
+    for (int i = 0; i < times; ++i) work(side);
   } catch (...) {
     error = std::current_exception();
   }
   cudaGraph_t raw_graph = nullptr;
-  const cudaError_t ended = cudaStreamEndCapture(side.get(), &raw_graph);
+  const cudaError_t ended = cudaStreamEndCapture(side, &raw_graph);
   const Graph graph(raw_graph, &cudaGraphDestroy);
   if (error) std::rethrow_exception(error);
   CUDA_CHECK(ended);
@@ -80,7 +87,10 @@ bool is_capturing(cudaStream_t stream) {
 cudnnHandle_t cudnn_handle(int64_t device, cudaStream_t stream) {
   thread_local std::map<int64_t, cudnnHandle_t> handles;  // outlive the thread: destroying one at exit is unsafe
   cudnnHandle_t& handle = handles[device];
-  if (handle == nullptr) CUDNN_CHECK(cudnnCreate(&handle));
+  if (handle == nullptr) {
+    const RelaxedCapture relaxed;
+    CUDNN_CHECK(cudnnCreate(&handle));
+  }
   CUDNN_CHECK(cudnnSetStream(handle, stream));
   return handle;
 }
@@ -90,7 +100,10 @@ cublasLtHandle_t cublaslt_handle(int64_t device) {
   static std::map<int64_t, cublasLtHandle_t> handles;
   const std::lock_guard<std::mutex> lock(mutex);
   cublasLtHandle_t& handle = handles[device];
-  if (handle == nullptr) CUBLAS_CHECK(cublasLtCreate(&handle));
+  if (handle == nullptr) {
+    const RelaxedCapture relaxed;
+    CUBLAS_CHECK(cublasLtCreate(&handle));
+  }
   return handle;
 }
 
@@ -144,34 +157,47 @@ RelaxedCapture::~RelaxedCapture() {
 std::vector<float> time_each(const std::vector<std::function<void(cudaStream_t)>>& candidates, cudaStream_t stream) {
   constexpr float kHopeless = 1.25f, kNoiseMs = 0.01f;  // slower than kHopeless * best + kNoiseMs: not looked at again
   constexpr float kEnoughMs = 0.25f;                    // a run this long needs no repetition within it
+  constexpr int kRounds = 3;
   const float kNever = std::numeric_limits<float>::infinity();
+  std::vector<float> rough(candidates.size(), kNever), ms = rough;
 
-  std::vector<float> rough(candidates.size(), kNever);
+  // The processor waits for the GPU twice in all: once for rough figures, once for fine ones.
+  std::vector<std::pair<size_t, Span>> spans;
   for (size_t i = 0; i < candidates.size(); ++i) {
     try {
       candidates[i](stream);  // the first launch loads the kernel
-      rough[i] = time_once([&] { candidates[i](stream); }, stream);
+      spans.emplace_back(i, time([&] { candidates[i](stream); }, stream));
     } catch (const std::exception&) {
       cudaGetLastError();  // the candidate stays at infinity; its error must not surface in a later call
     }
   }
-  const float best = *std::min_element(rough.begin(), rough.end());
-  if (best == kNever) return rough;
-  std::vector<float> ms(candidates.size(), kNever);
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  for (const auto& [i, span] : spans) rough[i] = span.ms();
+  if (spans.empty()) return ms;
+
+  const float limit = kHopeless * *std::min_element(rough.begin(), rough.end()) + kNoiseMs;
+  const Stream side = make_stream();
+  std::vector<std::function<void()>> runs(candidates.size());
+  std::vector<int> times(candidates.size(), 1);
   for (size_t i = 0; i < candidates.size(); ++i) {
-    if (!(rough[i] <= kHopeless * best + kNoiseMs)) continue;
-    const int times = std::clamp(static_cast<int>(kEnoughMs / rough[i]), 1, 10);
-    if (times == 1) {
-      for (int round = 0; round < 2; ++round) {
-        ms[i] = std::min(ms[i], time_once([&] { candidates[i](stream); }, stream));
-      }
+    if (rough[i] > limit) continue;
+    times[i] = std::clamp(static_cast<int>(kEnoughMs / rough[i]), 1, 10);
+    if (times[i] == 1) {
+      runs[i] = [&candidates, i, stream] { candidates[i](stream); };
     } else {
-      const GraphExec graph = repeat_as_graph(candidates[i], times);
-      for (int round = 0; round < 3; ++round) {
-        ms[i] = std::min(ms[i], time_once([&] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); }, stream) / times);
-      }
+      const std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> graph =
+          repeat_as_graph(candidates[i], times[i], side.get());
+      runs[i] = [graph, stream] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); };
     }
   }
+  spans.clear();
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (runs[i]) spans.emplace_back(i, time(runs[i], stream));
+    }
+  }
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  for (const auto& [i, span] : spans) ms[i] = std::min(ms[i], span.ms() / static_cast<float>(times[i]));
   return ms;
 }
 

@@ -11,12 +11,11 @@ import ctypes
 import functools
 import os
 import re
-import struct
 from pathlib import Path
 
 import torch
 
-from sfast import fallback
+from sfast import elf, fallback
 
 FOLDER = Path(__file__).parent
 OPS = ("conv2d", "linear", "plans")
@@ -63,7 +62,7 @@ def _load_one(libraries: dict[str, Path]) -> str | None:
     library = libraries.get(cuda.split(".")[0])
     if library is None:
         return f"built for CUDA {' and '.join(sorted(libraries))}, but PyTorch {torch.__version__} has CUDA {cuda}"
-    if not _is_whole(library):
+    if not elf.is_whole(library):
         return f"{library.name} is corrupt: reinstall sfast"
     if not _registered():
         _open(library)
@@ -73,26 +72,17 @@ def _load_one(libraries: dict[str, Path]) -> str | None:
     return None
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether an ELF file reaches its own last table: opening a truncated one would kill the process."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return False
-    (tables_at,) = struct.unpack_from("<Q", header, 40)
-    size_of_one, count = struct.unpack_from("<HH", header, 58)
-    return library.stat().st_size >= tables_at + size_of_one * count
-
-
 def _open(library: Path) -> None:
     """Open the library; cuDNN and cuBLASLt are those that PyTorch has loaded, or failing that those of its wheels."""
-    for _ in range(8):  # as many libraries as it could miss
+    preloaded: set[str] = set()
+    while True:
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
             missing = re.match(r"(lib\S+\.so[.\d]*): cannot open shared object file", str(error))
-            if missing is None or not _preload(missing.group(1)):
+            if missing is None or missing.group(1) in preloaded or not _preload(missing.group(1)):
                 raise
+            preloaded.add(missing.group(1))
         else:
             return
 
