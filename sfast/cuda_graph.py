@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+
+logger = logging.getLogger("sfast")
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -105,7 +108,8 @@ class GraphPool:
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
-            function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
+            with _no_waiting():
+                function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
@@ -113,9 +117,7 @@ class GraphPool:
             try:
                 runner.outputs = function(runner.inputs)
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # says only that the capture was cut short
-                    graph.capture_end()
-                self._renew()
+                self._abandon(graph)
                 raise
             graph.capture_end()
             grown = torch.cuda.memory_reserved(self.device) - reserved
@@ -125,6 +127,19 @@ class GraphPool:
         runner.last_used = next(self._clock)
         self._runners.add(runner)
         return runner
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Bring stream, allocator and random number generator back from a capture that failed half-way."""
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            # It stopped before telling the allocator and the generator that the capture is over.
+            logger.debug("an invalid capture ended: %s", error)
+            with contextlib.suppress(RuntimeError):  # this torch tells the allocator first
+                torch._C._cuda_endAllocateToPool(self.device.index, self._handle)
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        self._handle = torch.cuda.graph_pool_handle() if not self._runners else self._handle
 
     # -------------------------------------------------------------------------------------------------------- replay
 
@@ -152,6 +167,8 @@ class GraphPool:
     def memory(self) -> int:
         """Bytes of GPU memory that the pool and the graphs in it hold."""
         with self._lock:
+            if not self._runners:
+                return 0  # what is cached for the next capture is free for everybody
             pool = tuple(self._handle)
             segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == pool]
             return sum(s["total_size"] for s in segments) + sum(runner.driver_bytes for runner in self._runners)
@@ -167,3 +184,14 @@ class GraphPool:
         if not self._runners:
             self._handle = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise where work waits for the GPU: inside a capture that would spoil more than the capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

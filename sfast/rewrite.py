@@ -55,6 +55,7 @@ def normalize(graph: Any) -> None:
     torch._C._jit_pass_constant_propagation(graph)
     _drop_identities(graph)
     _name_convolutions(graph)
+    _drop_layout_copies(graph)
     torch._C._jit_pass_cse(graph)
     torch._C._jit_pass_constant_pooling(graph)
     torch._C._jit_pass_dce(graph)
@@ -129,6 +130,34 @@ def _name_convolutions(graph: Any) -> None:
         renamed.insertBefore(node)
         node.output().replaceAllUsesWith(renamed.output())
         node.destroy()
+
+
+# They give the same values whatever the strides of their inputs are, and no view of them.
+_READ_ANY_LAYOUT = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("conv1d", "conv2d", "conv3d", "linear", "group_norm", "layer_norm", "cat", "add", "sub", "mul", "div"),
+        *("silu", "gelu", "relu", "sigmoid", "tanh", "upsample_nearest2d", "upsample_nearest3d", "size"),
+    )
+)
+
+
+def _drop_layout_copies(graph: Any) -> None:
+    """Remove `x.contiguous()` where every reader takes any layout: with channels-last it would only undo what conv wants."""
+    if any(_writes(node) for node in graph.nodes()):
+        return  # then a copy may be there to be written to
+    for node in list(graph.nodes()):
+        if node.kind() == "aten::contiguous" and not _returned(graph, node):
+            if all(use.user.kind() in _READ_ANY_LAYOUT for use in node.output().uses()) or all(
+                use.user.kind() == "prim::ListConstruct" and _only_concatenated(use.user)
+                for use in node.output().uses()
+            ):
+                node.output().replaceAllUsesWith(node.inputsAt(0))
+                node.destroy()
+
+
+def _only_concatenated(node: Any) -> bool:
+    return all(use.user.kind() == "aten::cat" for use in node.output().uses())
 
 
 def _constants_first(graph: Any) -> None:

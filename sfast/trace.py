@@ -34,13 +34,15 @@ class Trace:
     function: Callable[..., Any]
     used_weights: list[int]  # places in the weight list; a weight that no operator reads is not passed
     output: Hashable  # description of the result, see structure.py
+    contiguous: list[bool]  # which results eager lays out without gaps, in their order: so will we
     fusions: Counter[str]
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
         with torch.no_grad(), torch.autocast(_device_type(tensors, weights), enabled=False), _plain_interpreter():
             result = self.function(*[weights[i] for i in self.used_weights], *tensors)
-        return [result] if isinstance(result, torch.Tensor) else list(result)
+            results = [result] if isinstance(result, torch.Tensor) else result
+            return [r.contiguous() if dense else r for r, dense in zip(results, self.contiguous, strict=True)]
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """The result as the module returns it."""
@@ -68,6 +70,7 @@ def trace(
         tensors, plain values and containers of them.
     """
     output: list[Hashable] = []
+    contiguous: list[bool] = []
 
     def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
@@ -75,6 +78,7 @@ def trace(
         output.append(flatten(forward(*args, **kwargs), results))
         if not results:
             raise ValueError("the module returns no tensor")
+        contiguous.extend(result.is_contiguous() for result in results)
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
@@ -86,7 +90,7 @@ def trace(
         if len(list(graph.outputs())) > 1:
             graph.makeMultiOutputIntoTuple()
         function = torch._C._create_function_from_graph("forward", graph)
-    return Trace(function, used, output[0], fired)
+    return Trace(function, used, output[0], contiguous, fired)
 
 
 class DecidesByValue(RuntimeError):
@@ -157,8 +161,8 @@ def _repeat_each(
     """`x.repeat_interleave(repeats, dim)` for one number of repeats, out of views and one copy."""
     x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
     before, after = x.shape[:dim], x.shape[dim + 1 :]
-    wide = x.unsqueeze(dim + 1).expand(*before, x.shape[dim], repeats, *after)  # type: ignore[arg-type]
-    return wide.reshape(*before, x.shape[dim] * repeats, *after)  # type: ignore[arg-type]
+    wide = x.unsqueeze(dim + 1).expand(*before, x.shape[dim], repeats, *after)
+    return wide.reshape(*before, x.shape[dim] * repeats, *after)
 
 
 _SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim", "prim::Constant"))

@@ -10,6 +10,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+from sfast import fallback
+
 # Tiny models on a small shared machine run many times slower with two threads than with one.
 torch.set_num_threads(1)
 
@@ -24,5 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def fresh() -> None:
+    """A seed, and no memory of what fell back in the test before."""
     torch.manual_seed(0)
+    fallback.forget()

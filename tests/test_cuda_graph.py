@@ -143,9 +143,30 @@ def test_memory_returns_with_the_module() -> None:
     net(*data(size=64))
     assert sfast.report(net).graph_memory > 2**20
     pool = next(plan.runner.pool for plan in net.forward._plans.values())
+    reserved = torch.cuda.memory_reserved()
     del net
     gc.collect()
+    torch.cuda.empty_cache()
     assert pool.memory() == 0
+    assert torch.cuda.memory_reserved() <= reserved - 2**20
+
+
+def test_a_capture_that_breaks_off_leaves_nothing_behind() -> None:
+    pool = GraphPool(torch.device("cuda", torch.cuda.current_device()))
+    x = torch.randn(4, device="cuda")
+    calls = []
+
+    def breaks(tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(1)
+        if len(calls) == 2:  # the first call only warms up
+            torch.cuda.current_stream().synchronize()  # what a capture does not allow
+        return [tensors[0] + torch.randn_like(tensors[0])]
+
+    with pytest.raises(RuntimeError):
+        pool.capture(breaks, [x], budget=2**30)
+    torch.randn(3, device="cuda")  # the generator is not left in the middle of the capture
+    runner = pool.capture(lambda tensors: [tensors[0] * 2], [x])
+    assert torch.equal(runner([x])[0], x * 2)
 
 
 def test_a_budget_too_small_runs_without_a_graph_loudly(net: Net, caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,17 @@ def test_autocast_is_part_of_the_trace() -> None:
     assert torch.equal(traced.run(weights, [x])[0], expected)
 
 
+def test_a_dense_result_stays_dense() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 1).contiguous() + 1
+
+    traced, _ = _trace(forward, torch.randn(2, 3, 4))
+    x = torch.randn(2, 5, 6)
+    result = traced.run([], [x])[0]
+    assert torch.equal(result, forward(x))
+    assert result.is_contiguous()
+
+
 def test_no_tensor_in_the_result() -> None:
     with pytest.raises(ValueError, match="returns no tensor"):
         _trace(lambda x: 3, torch.ones(1))
