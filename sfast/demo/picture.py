@@ -32,7 +32,7 @@ PROMPTS = (
     "a large orange cross below a small green circle on a white background",
 )
 SCALE = 3  # of a generated pixel in the grid
-LARGEST_GAIN = 64  # of the difference in the grid: below a quarter of a level it may stay black
+LARGEST_GAIN = 128  # of the difference in the grid: below a quarter of a level it may stay black
 MARGIN, GAP, LINE = 28, 8, 21  # pixels in the grid
 PAPER, INK, PALE = (250, 250, 248), (28, 28, 32), (112, 112, 120)
 
@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     difference = np.abs(eager.pictures - compiled.pictures) * 255
     options.out.parent.mkdir(parents=True, exist_ok=True)
     footer = f"{options.steps} steps on {where}. Largest difference of a pixel: {difference.max():.3g} of 255."
+    if eager.later is not None and compiled.later is not None:
+        footer += f" One picture: {eager.later:.3f} s eager, {compiled.later:.3f} s compiled."
     grid(options.prompts, eager.pictures, compiled.pictures, footer).save(options.out)
     print()
     print(table(eager, compiled))
@@ -158,7 +160,7 @@ def grid(prompts: Sequence[str], eager: np.ndarray, compiled: np.ndarray, footer
     difference = np.abs(eager - compiled)
     gain = gain_for(float(difference.max()) * 255)
     shown = [to_image(pictures) for pictures in (eager, compiled, np.clip(difference * gain, 0, 1))]
-    labels = ("eager", "compiled", "difference: none" if gain == 0 else f"difference ×{gain} (amplified)")
+    labels = ("eager", "compiled", "difference: none" if gain == 0 else f"difference x{gain} (amplified)")
 
     tile = shown[0][0].width
     block_width = 3 * tile + 2 * GAP

@@ -44,7 +44,9 @@ def test_prompts_and_seeds_are_the_same_for_both(small):
     assert len(first.seconds) == 2
 
 
-@pytest.mark.parametrize(("largest", "gain"), [(0, 0), (0.01, 64), (3.9, 64), (4.1, 32), (100, 2), (128, 1), (255, 1)])
+@pytest.mark.parametrize(
+    ("largest", "gain"), [(0, 0), (0.01, 128), (1.9, 128), (2.1, 64), (4.1, 32), (100, 2), (128, 1), (255, 1)]
+)
 def test_the_difference_is_amplified_as_far_as_nothing_clips(largest, gain):
     assert picture.gain_for(largest) == gain
     assert largest * gain <= 255
