@@ -154,9 +154,10 @@ class Component:
         self._drop(plan)
         pool = pool_of(self.state.device)
         try:
-            plan.runner = pool.capture(
-                lambda inputs: call.run(weights, inputs), tensors, self.config.graph_memory_budget
-            )
+            with fallback.timed(f"{self.name}: the first run and the capture"):
+                plan.runner = pool.capture(
+                    lambda inputs: call.run(weights, inputs), tensors, self.config.graph_memory_budget
+                )
             plan.pointers = self.state.pointers
         except Exception as error:
             plan.capture = False
@@ -183,7 +184,8 @@ class Component:
         if len(self._plans) >= MAX_PLANS:
             oldest = next(iter(self._plans))
             self._drop(self._plans.pop(oldest))
-        check = verify.Check(self, args, kwargs, tensors) if self.config.verify else None
+        with fallback.timed(f"{self.name}: the eager call"):
+            check = verify.Check(self, args, kwargs, tensors) if self.config.verify else None
         if check is not None and check.refused is not None:
             return self._give_up(signature, shapes, check.refused, check, args, kwargs)
 
@@ -228,12 +230,14 @@ class Component:
             return known
 
         def plain() -> Trace:
-            traced = trace(self.eager, weights, call, tensors, [])
+            with fallback.timed(f"{self.name}: tracing without fusions"):
+                traced = trace(self.eager, weights, call, tensors, [])
             self._note(f"a fused graph disagreed with eager at {describe_shapes(tensors)}: fusions are off for it")
             return traced
 
         def fused() -> Trace:
-            return trace(self.eager, weights, call, tensors, self.fusions)
+            with fallback.timed(f"{self.name}: tracing and rewriting"):
+                return trace(self.eager, weights, call, tensors, self.fusions)
 
         return [*known, fused, plain] if self.config.verify else [*known, fused]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 
 import torch
 
-logger = logging.getLogger("sfast")
+from sfast.fallback import logger, timed
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -108,7 +107,7 @@ class GraphPool:
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
-            with _no_waiting():
+            with timed("  compiling kernels and choosing plans"), _no_waiting():
                 function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool

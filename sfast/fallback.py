@@ -6,8 +6,11 @@ here; the first time it is logged, every time after that it is only remembered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
+from collections.abc import Iterator
 
 logger = logging.getLogger("sfast")
 
@@ -22,6 +25,16 @@ def note(what: str, why: str) -> None:
             return
         _noted[what, why] = None
     logger.warning("%s: %s", what, why)
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Log at level DEBUG how long a phase of the first call took."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        logger.debug("%s took %.3f s", what, time.perf_counter() - start)
 
 
 def noted() -> list[tuple[str, str]]:

@@ -148,16 +148,15 @@ def _drop_layout_copies(graph: Any) -> None:
         return  # then a copy may be there to be written to
     for node in list(graph.nodes()):
         if node.kind() == "aten::contiguous" and not _returned(graph, node):
-            if all(use.user.kind() in _READ_ANY_LAYOUT for use in node.output().uses()) or all(
-                use.user.kind() == "prim::ListConstruct" and _only_concatenated(use.user)
-                for use in node.output().uses()
-            ):
+            readers = [use.user for use in node.output().uses()]
+            if all(reader.kind() in _READ_ANY_LAYOUT or _only_concatenated(reader) for reader in readers):
                 node.output().replaceAllUsesWith(node.inputsAt(0))
                 node.destroy()
 
 
 def _only_concatenated(node: Any) -> bool:
-    return all(use.user.kind() == "aten::cat" for use in node.output().uses())
+    lists = node.kind() == "prim::ListConstruct"
+    return lists and all(use.user.kind() == "aten::cat" for use in node.output().uses())
 
 
 def _constants_first(graph: Any) -> None:
