@@ -298,7 +298,9 @@ def test_a_corrupt_kernel_cache_is_survived(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     second = run_script("cuda", "float16", **cache)
     assert max(second["errors"]) < 5e-3
-    assert len(second["lines"]) == len(set(second["lines"]))
+    assert len([line for line in second["lines"] if line.startswith("Triton's kernel cache: ")]) == 1
+    third = run_script("cuda", "float16", **cache)
+    assert third["lines"] == first["lines"]
 
 
 # The call.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sfast.fallback import note
+from sfast.triton_cache import mend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read as Triton reads it: once, when kernels are defined
@@ -33,6 +34,8 @@ def _import() -> tuple[Any, Any, str | None]:
         return *stand_in, f"{type(error).__name__}: {error}"
 
 
+triton: Any
+tl: Any
 triton, tl, MISSING = _import()
 
 
@@ -47,7 +50,7 @@ def triton_takes(x: torch.Tensor) -> bool:
     if MISSING is not None:
         note("Triton", f"kernels run as plain PyTorch: {MISSING}")
         return False
-    return _is_new_enough(x.device)
+    return _is_new_enough(x.device) and mend()
 
 
 @functools.cache

@@ -1,0 +1,52 @@
+"""Takes broken entries out of Triton's kernel cache before Triton reads them.
+
+A disk that was full or a machine that went down leaves truncated files behind. Opening a truncated launcher kills the
+process with a bus error, which nothing can catch, and a truncated description makes its kernel fail in every process to
+come. Such an entry is removed, with one line, and Triton compiles it anew. The cache is looked through once in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+from sfast.elf import is_whole
+from sfast.fallback import note
+
+
+@functools.cache
+def mend() -> bool:
+    """Remove every broken entry of this process's cache directory; True, so that it may stand in a condition."""
+    try:
+        knobs = importlib.import_module("triton.knobs")
+
+        remove_broken_entries(Path(knobs.cache.dir))
+    except (ImportError, OSError) as error:
+        note("Triton's kernel cache", f"not looked through for broken entries: {error}")
+    return True
+
+
+def remove_broken_entries(cache: Path) -> None:
+    """Remove the entries (folders) of a cache that hold a truncated file."""
+    entries = [entry for entry in cache.glob("*") if entry.is_dir()]
+    broken = [entry for entry in entries if not all(map(_is_readable, entry.iterdir()))]
+    for entry in broken:
+        shutil.rmtree(entry, ignore_errors=True)  # another process may be mending it too
+    if broken:
+        note("Triton's kernel cache", f"{len(broken)} broken entries removed from {cache}; they are compiled anew")
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        if file.suffix in (".so", ".cubin"):
+            return is_whole(file)
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except FileNotFoundError:  # another process has just replaced it
+        return True
+    except ValueError:
+        return False
+    return True
