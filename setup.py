@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -76,9 +77,14 @@ def native_extension() -> Extension:
     torch_path, cuda = torch_folder()
     roots = cuda_roots(torch_path, cuda)
     includes = [find(name, [root / "include" for root in roots]) for name in HEADERS]
-    lib_folders = [root / lib for root in roots for lib in ("lib64", "lib", "lib/x86_64-linux-gnu")]
-    libraries = (f"libcudart.so.{cuda}", f"libcublasLt.so.{cuda}", "libcudnn.so.9")
+    multiarch = sysconfig.get_config_var("MULTIARCH") or "lib64"
+    lib_folders = [root / lib for root in roots for lib in ("lib64", "lib", f"lib/{multiarch}")]
+    libraries = [f"libcudart.so.{cuda}", f"libcublasLt.so.{cuda}", "libcudnn.so.9"]
     lib_paths = [find(name, lib_folders) for name in libraries]
+    # Some compilers link libstdc++ statically, and a second one beside PyTorch's crashes at the first exception.
+    shared_libstdcxx = [folder for folder in lib_folders if (folder / "libstdc++.so.6").exists()][:1]
+    libraries += ["libstdc++.so.6"] * len(shared_libstdcxx)
+    lib_paths += shared_libstdcxx
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         raise CannotBuildError("no C++ compiler was found: install g++")
     major, minor = TORCH_TARGET
@@ -92,7 +98,7 @@ def native_extension() -> Extension:
         library_dirs=list(dict.fromkeys(str(path) for path in [torch_path / "lib", *lib_paths])),
         libraries=["torch_cpu", "torch_cuda"],
         # The versioned names: wheels carry no others. What these libraries need in turn, PyTorch brings.
-        extra_link_args=[*(f"-l:{name}" for name in libraries), "-Wl,--allow-shlib-undefined"],
+        extra_link_args=[*(f"-l:{name}" for name in libraries), "-Wl,--allow-shlib-undefined,--exclude-libs,ALL"],
         language="c++",
     )
 

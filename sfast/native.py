@@ -79,9 +79,10 @@ def _open(library: Path) -> None:
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
-            missing = re.match(r"(lib\S+\.so[.\d]*): cannot open shared object file", str(error))
+            reason = str(error.__cause__ or error)  # newer versions of PyTorch wrap the linker's own words
+            missing = re.match(r"(lib\S+\.so[.\d]*): cannot open shared object file", reason)
             if missing is None or missing.group(1) in preloaded or not _preload(missing.group(1)):
-                raise
+                raise OSError(reason) from error
             preloaded.add(missing.group(1))
         else:
             return
