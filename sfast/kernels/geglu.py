@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels.op import define
+from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 ROWS, COLUMNS = 4, 512  # of a tile
@@ -30,7 +31,15 @@ def gate_with_gelu(product: Tensor, approximate: str) -> Tensor:
     y = product.new_empty((*product.shape[:-1], width))
     rows = y.numel() // width
     _gate[triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)](
-        product, y, rows, width, int(approximate == "tanh"), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+        product,
+        y,
+        rows,
+        width,
+        int(approximate == "tanh"),
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        **launch_options(product.device),
+        num_warps=4,
     )
     return y
 
@@ -44,6 +53,7 @@ def _gate(
     approximate: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """A tile [ROWS, COLUMNS] of y; GELU exact, or with tanh where `approximate` is 1."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -51,6 +61,7 @@ def _gate(
     mask = (row < rows)[:, None] & (column < width)[None, :]
     source = product + row[:, None] * (2 * width) + column[None, :]
 
+    wait_for_previous_kernel(OVERLAP)
     h = tl.load(source, mask=mask, other=0).to(tl.float32)
     gate = tl.load(source + width, mask=mask, other=0).to(tl.float32)
     if approximate != 0:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels.op import define
+from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 TILES = {True: (64, 64), False: (256, 16)}  # channels-last or not: [ROWS, CHANNELS]; 128 bytes or more in a row
@@ -86,13 +87,14 @@ def _launch(
     bias = x if bias is None else bias.contiguous()
     shift = x if shift is None else shift.expand(N, *shift.shape[1:]).reshape(N, C).contiguous()
 
+    options = launch_options(x.device)
     PER_GROUP = C // G
     ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(PER_GROUP)
     if ROWS * CHANNELS <= IN_REGISTERS:
         shape = {"PER_GROUP": PER_GROUP, "ROWS": ROWS, "CHANNELS": CHANNELS}
         warps = max(1, min(16, ROWS * CHANNELS // PER_WARP))
         _whole_group[G, N](
-            x, y, shift, weight, bias, S, C, row_stride, channel_stride, eps, flags, **shape, num_warps=warps
+            x, y, shift, weight, bias, S, C, row_stride, channel_stride, eps, flags, **shape, **options, num_warps=warps
         )
         return y
 
@@ -102,9 +104,11 @@ def _launch(
     parts = triton.cdiv(S, part_rows)
     moments = x.new_empty(2, N, parts, C, dtype=torch.float32)
     table = x.new_empty(3, N, C, dtype=torch.float32)
-    tile = {"ROWS": ROWS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    tile = {"ROWS": ROWS, "CHANNELS": CHANNELS, "num_warps": WARPS, **options}
     _moments[blocks * parts, N](x, moments, S, C, row_stride, channel_stride, part_rows, parts, **tile)
-    _merge[G, N](moments, table, shift, weight, bias, S, C, part_rows, parts, eps, flags, num_warps=4)
+    _merge[G, N](
+        moments, table, shift, weight, bias, S, C, part_rows, parts, eps, flags, ENTRIES=1024, CHANNELS=128, **options
+    )
     rows = ROWS * _tiles_per_program(S, ROWS, N * blocks, x.device)
     _apply[blocks * triton.cdiv(S, rows), N](x, y, table, S, C, row_stride, channel_stride, rows, flags, **tile)
     return y
@@ -142,6 +146,7 @@ def _whole_group(
     PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """One group of one sample, [S, C/G], stays in registers. PER_GROUP is a constant so that loads can be wide."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -149,8 +154,9 @@ def _whole_group(
     live = lane < PER_GROUP
     mask = (row < S)[:, None] & live[None, :]
     channel = group * PER_GROUP + lane
-    offset = n * S * C + row[:, None] * row_stride + channel[None, :] * channel_stride
-    v = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
+    offset = row[:, None] * row_stride + channel[None, :] * channel_stride
+    wait_for_previous_kernel(OVERLAP)
+    v = tl.load(x + n * S * C + offset, mask=mask, other=0).to(tl.float32)
     shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
     v += tl.load(shift + n * C + channel, mask=lane < PER_GROUP * shifted, other=0).to(tl.float32)[None, :]
     w = tl.load(weight + channel, mask=lane < PER_GROUP * weighted, other=0).to(tl.float32) + (1 - weighted)
@@ -162,7 +168,7 @@ def _whole_group(
     v = v * (w * tl.rsqrt(variance + eps))[None, :] + b[None, :]
     if flags & 1 != 0:
         v = v * tl.sigmoid(v)
-    tl.store(y + offset, v.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + n * S * C + offset, v.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "part_rows", "parts"])
@@ -177,6 +183,7 @@ def _moments(
     parts: tl.tensor,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Mean and M2 of every channel over part_rows rows of x, into moments [2, N, parts, C]."""
     blocks = tl.cdiv(C, CHANNELS)
@@ -187,6 +194,7 @@ def _moments(
     start = x + n * S * C + (part * part_rows).to(tl.int64) * row_stride
     offset = row[:, None] * row_stride + channel[None, :] * channel_stride
 
+    wait_for_previous_kernel(OVERLAP)
     pilot = tl.load(start + channel * channel_stride, mask=live, other=0).to(tl.float32)
     s1 = tl.zeros([ROWS, CHANNELS], tl.float32)
     s2 = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -217,8 +225,9 @@ def _merge(
     parts: tl.tensor,
     eps: tl.tensor,
     flags: tl.tensor,
-    BLOCK: tl.constexpr = 1024,
-    CHANNELS: tl.constexpr = 128,
+    ENTRIES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Chan's formula over one group of moments [2, N, parts, C]; center, scale and offset go to table [3, N, C]."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -227,42 +236,46 @@ def _merge(
     means = moments + n * parts * C + group * per_group
     m2s = means + tl.num_programs(1) * parts * C
     shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
-    lane = tl.arange(0, BLOCK)
+    entry, lane = tl.arange(0, ENTRIES), tl.arange(0, CHANNELS)
     entries = parts * per_group
     total = S.to(tl.float32) * per_group
+    wait_for_previous_kernel(OVERLAP)
 
+    s = tl.load(shift + first + lane, mask=lane < per_group * shifted, other=0).to(tl.float32)
+    w = tl.load(weight + group * per_group + lane, mask=lane < per_group * weighted, other=0).to(tl.float32)
+    b = tl.load(bias + group * per_group + lane, mask=lane < per_group * biased, other=0).to(tl.float32)
     pilot = tl.load(means)
-    excess = tl.zeros([BLOCK], tl.float32)
-    for done in range(0, entries, BLOCK):
-        part, c = (done + lane) // per_group, (done + lane) % per_group
-        mask = done + lane < entries
+    excess = tl.zeros([ENTRIES], tl.float32)
+    m2 = tl.zeros([ENTRIES], tl.float32)
+    for done in range(0, entries, ENTRIES):
+        part, c = (done + entry) // per_group, (done + entry) % per_group
+        mask = done + entry < entries
         count = tl.minimum(part_rows, S - part * part_rows).to(tl.float32)
         mean = tl.load(means + part * C + c, mask=mask, other=0)
-        mean += tl.load(shift + first + c, mask=done + lane < entries * shifted, other=0).to(tl.float32)
+        m2 += tl.load(m2s + part * C + c, mask=mask, other=0)
+        mean += tl.load(shift + first + c, mask=done + entry < entries * shifted, other=0).to(tl.float32)
         excess += tl.where(mask, (mean - pilot) * count, 0)
     center = pilot + tl.sum(excess, axis=0) / total
 
-    m2 = tl.zeros([BLOCK], tl.float32)
-    for done in range(0, entries, BLOCK):
-        part, c = (done + lane) // per_group, (done + lane) % per_group
-        mask = done + lane < entries
+    for done in range(0, entries, ENTRIES):
+        part, c = (done + entry) // per_group, (done + entry) % per_group
+        mask = done + entry < entries
         count = tl.minimum(part_rows, S - part * part_rows).to(tl.float32)
-        mean = tl.load(means + part * C + c, mask=mask, other=0)
-        mean += tl.load(shift + first + c, mask=done + lane < entries * shifted, other=0).to(tl.float32)
-        gap = mean - center
-        m2 += tl.where(mask, tl.load(m2s + part * C + c, mask=mask, other=0) + gap * gap * count, 0)
+        gap = tl.load(means + part * C + c, mask=mask, other=0) - center
+        gap += tl.load(shift + first + c, mask=done + entry < entries * shifted, other=0).to(tl.float32)
+        m2 += tl.where(mask, gap * gap * count, 0)
     rstd = tl.rsqrt(tl.sum(m2, axis=0) / total + eps)
 
     plane = tl.num_programs(1) * C
     for done in range(0, per_group, CHANNELS):
-        c = done + tl.arange(0, CHANNELS)
+        c = done + lane
+        if done > 0:
+            s = tl.load(shift + first + c, mask=c < per_group * shifted, other=0).to(tl.float32)
+            w = tl.load(weight + group * per_group + c, mask=c < per_group * weighted, other=0).to(tl.float32)
+            b = tl.load(bias + group * per_group + c, mask=c < per_group * biased, other=0).to(tl.float32)
         live = c < per_group
-        channel = group * per_group + c
-        s = tl.load(shift + first + c, mask=c < per_group * shifted, other=0).to(tl.float32)
-        w = tl.load(weight + channel, mask=c < per_group * weighted, other=0).to(tl.float32) + (1 - weighted)
-        b = tl.load(bias + channel, mask=c < per_group * biased, other=0).to(tl.float32)
         tl.store(table + first + c, center - s, mask=live)
-        tl.store(table + plane + first + c, rstd * w, mask=live)
+        tl.store(table + plane + first + c, rstd * (w + (1 - weighted)), mask=live)
         tl.store(table + 2 * plane + first + c, b, mask=live)
 
 
@@ -279,6 +292,7 @@ def _apply(
     flags: tl.tensor,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """y = (x - center) * scale + offset for `rows` rows, and SiLU."""
     blocks = tl.cdiv(C, CHANNELS)
@@ -288,6 +302,7 @@ def _apply(
     block, begin = which % blocks, which // blocks * rows
     row, channel = tl.arange(0, ROWS), block * CHANNELS + tl.arange(0, CHANNELS)
     live = channel < C
+    wait_for_previous_kernel(OVERLAP)
     center = tl.load(table + n * C + channel, mask=live, other=0)[None, :]
     scale = tl.load(table + (N + n) * C + channel, mask=live, other=0)[None, :]
     b = tl.load(table + (2 * N + n) * C + channel, mask=live, other=0)[None, :]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels.op import define
+from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
@@ -73,6 +74,7 @@ def _launch(
         flags,
         ROWS=ROWS,
         WIDTH=WIDTH,
+        **launch_options(x.device),
         num_warps=min(16, max(4, WIDTH // 512)),
     )
     return y, total
@@ -92,6 +94,7 @@ def _layer_norm_rows(
     flags: tl.tensor,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """ROWS rows of `width` elements."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -100,6 +103,7 @@ def _layer_norm_rows(
     mask = (row < rows)[:, None] & live
     offset = row[:, None] * width + lane[None, :]
 
+    wait_for_previous_kernel(OVERLAP)
     v = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
     if flags & 1 != 0:
         v += tl.load(residual + offset, mask=mask, other=0).to(tl.float32)
