@@ -1,4 +1,4 @@
-"""A word is a token: forty words need no byte pairs, and a caption fits in a few tokens that anyone can read."""
+"""A word is a token: three dozen words need no byte pairs, and a caption fits in a few tokens that anyone can read."""
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast

@@ -51,13 +51,14 @@ def test_steps_are_checked(tmp_path):
         main(["--small", "--state", str(tmp_path), "--steps", "unet=3"])
 
 
-def test_fit_learns_and_leaves_the_average():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fit_learns_and_leaves_the_average(device):
     torch.manual_seed(0)
-    line = nn.Linear(4, 1)
-    wanted = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    line = nn.Linear(4, 1, device=device)
+    wanted = torch.tensor([[1.0, -2.0, 0.5, 3.0]], device=device)
 
     def batch() -> tuple[torch.Tensor, ...]:
-        x = torch.randn(64, 4)
+        x = torch.randn(64, 4, device=device)
         return x, x @ wanted.T
 
     done = fit("line", [line], batch, lambda x, y: (line(x) - y).square().mean(), start=0, total=800, peak=3e-2,
