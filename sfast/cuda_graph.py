@@ -9,8 +9,10 @@ the pool outgrows its budget.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -62,7 +64,7 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.budget: int | None = None  # bytes
+        self._default_budget: int | None = None
         self._lock = threading.RLock()
         self._runners: weakref.WeakSet[GraphRunner] = weakref.WeakSet()  # a deleted module's graphs go with it
         self._clock = itertools.count(1)
@@ -78,27 +80,28 @@ class GraphPool:
         Args:
             function: launches work on the current stream and neither waits for the GPU nor reads results back.
             inputs: tensors on this GPU with the shapes, dtypes and strides to capture for.
-            budget: bytes that the pool may hold afterwards.
+            budget: bytes that the pool may hold afterwards; None means a quarter of the memory free at the first capture.
 
         Raises:
             OverBudget: this graph alone needs more than the budget.
             RuntimeError: the capture failed; nothing of it is left.
         """
         with self._lock, torch.cuda.device(self.device):
-            self.budget = budget if budget is not None else self.budget
-            if self.budget is None:
-                self.budget = torch.cuda.mem_get_info(self.device)[0] // 4
+            if budget is None:
+                if self._default_budget is None:
+                    self._default_budget = torch.cuda.mem_get_info(self.device)[0] // 4
+                budget = self._default_budget
             runner = self._capture(function, inputs)
-            while self.memory() > self.budget and len(self._runners) > 1:
+            while self.memory() > budget and len(self._runners) > 1:
                 self._release(min(self._runners - {runner}, key=lambda other: other.last_used))
-            if self.memory() > self.budget:
+            if self.memory() > budget:
                 # Blocks of a shared pool return to the driver only with its last graph: start it anew with this one.
                 self._release(runner)
                 runner = self._capture(function, inputs)
-            if self.memory() > self.budget:
+            if self.memory() > budget:
                 needed = self.memory()
                 self._release(runner)
-                raise OverBudget(f"its graph needs {needed} bytes and `graph_memory_budget` is {self.budget}")
+                raise OverBudget(f"its graph needs {needed} bytes and `graph_memory_budget` is {budget}")
             return runner
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
@@ -112,13 +115,14 @@ class GraphPool:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-            try:
-                runner.outputs = function(runner.inputs)
-            except BaseException:
-                self._abandon(graph)
-                raise
-            graph.capture_end()
+            with _no_garbage_collection():
+                try:
+                    graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+                    runner.outputs = function(runner.inputs)
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+                graph.capture_end()
             grown = torch.cuda.memory_reserved(self.device) - reserved
             runner.driver_bytes = max(0, free - torch.cuda.mem_get_info(self.device)[0] - grown)
         torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -186,11 +190,25 @@ class GraphPool:
 
 
 @contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Raise where work waits for the GPU: inside a capture that would spoil more than the capture."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+def _no_garbage_collection() -> Iterator[None]:
+    """Nobody's graphs and events are destroyed in the middle of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise where work waits for the GPU: inside a capture that would spoil more than the capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
