@@ -1,5 +1,6 @@
 // The native ops: PyTorch operators over cuDNN and cuBLASLt, on PyTorch's stable ABI, so that one binary serves many
-// versions of PyTorch. They raise on what they do not support; the caller then runs plain PyTorch.
+// versions of PyTorch. They raise on what they do not support, with a message that begins with sfast_native; the caller
+// then runs plain PyTorch.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

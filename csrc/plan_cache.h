@@ -77,36 +77,41 @@ class PlanCache {
     const RelaxedCapture relaxed;
     const bool measure = !is_capturing(stream);
     std::ostringstream story;
-    story << description << ": ";
+    Ways ways;
+    size_t best = 0;
     try {
-      Ways ways = propose(!measure);
-      SFAST_CHECK(!ways.empty(), "no kernel for ", description);
-      size_t best = 0;
-      if (measure && ways.size() > 1) {
-        int64_t most_workspace = 0;
-        for (const auto& way : ways) most_workspace = std::max(most_workspace, way.workspace);
-        const Workspace workspace(most_workspace, device);
-        std::vector<std::function<void(cudaStream_t)>> candidates;
-        for (const auto& way : ways) {
-          candidates.push_back([&](cudaStream_t on) { way.run(pointers, workspace.get(), on); });
-        }
-        const std::vector<float> ms = time_each(candidates, stream);
-        best = std::min_element(ms.begin(), ms.end()) - ms.begin();
-        SFAST_CHECK(ms[best] < std::numeric_limits<float>::infinity(), "every kernel failed for ", description);
-        story << ms[best] << " ms, ";
-      }
-      entry.way = std::move(ways[best]);
-      entry.error.clear();
-      story << entry.way.name << ", best of " << ways.size();
+      ways = propose(!measure);
+      SFAST_CHECK(!ways.empty(), "no kernel");
     } catch (const std::exception& error) {
-      entry.error = error.what();
-      story << entry.error;
+      return refuse(entry, description, error.what());
     }
+    story << description << ": " << ways.size() << (ways.size() == 1 ? " way, " : " ways, ");
+    if (measure && ways.size() > 1) {
+      int64_t most_workspace = 0;
+      for (const auto& way : ways) most_workspace = std::max(most_workspace, way.workspace);
+      const Workspace workspace(most_workspace, device);  // may raise, and is then not remembered
+      std::vector<std::function<void(cudaStream_t)>> candidates;
+      for (const auto& way : ways) {
+        candidates.push_back([&](cudaStream_t on) { way.run(pointers, workspace.get(), on); });
+      }
+      const std::vector<float> ms = time_each(candidates, stream);
+      best = std::min_element(ms.begin(), ms.end()) - ms.begin();
+      if (ms[best] == std::numeric_limits<float>::infinity()) return refuse(entry, description, "every kernel failed");
+      story << ms[best] << " ms with ";
+    }
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
+    story << ways[best].name << ", chosen in " << took.count() << " ms";
+    entry.way = std::move(ways[best]);
+    entry.error.clear();
+    entry.story = story.str();
     entry.chosen = true;
     entry.measured = measure;
-    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
-    story << ", chosen in " << took.count() << " ms";
-    entry.story = story.str();
+  }
+
+  // Remembered, so that asking again costs nothing.
+  static void refuse(Entry& entry, const std::string& description, const std::string& reason) {
+    entry.error = entry.story = "sfast_native: " + description + ": " + reason;
+    entry.chosen = entry.measured = true;
   }
 
   std::mutex mutex_;

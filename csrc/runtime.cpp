@@ -121,8 +121,9 @@ Workspace::Workspace(int64_t bytes, int64_t device) {
   if (bytes <= 0) return;
   const int64_t stride = 1;
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cuda(), static_cast<int32_t>(device), &made));
+  const auto status = aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                               aoti_torch_device_type_cuda(), static_cast<int32_t>(device), &made);
+  SFAST_CHECK(status == AOTI_TORCH_SUCCESS, "sfast_native: no memory for a workspace of ", bytes, " bytes");
   memory_ = Tensor(made);
   address_ = memory_.mutable_data_ptr();
 }

@@ -27,6 +27,7 @@ def native_conv2d_takes(x: Tensor, weight: Tensor, bias: Tensor | None, residual
         and x.dtype in HALF
         and x.dim() == 4
         and x.numel() > 0
+        and weight.shape[0] % 8 == 0  # cuDNN pads other widths with a kernel for each operand: slower than plain
         and x.is_contiguous(memory_format=torch.channels_last)
         and _agree(x, weight, bias, residual)
         and native_is_available()
@@ -35,7 +36,15 @@ def native_conv2d_takes(x: Tensor, weight: Tensor, bias: Tensor | None, residual
 
 def native_linear_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether cuBLASLt's fused product can take these: fp16 or bf16 on one CUDA device, x [..., K], weight [D, K]."""
-    return x.is_cuda and x.dtype in HALF and x.numel() > 0 and _agree(x, weight, bias) and native_is_available()
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and x.numel() > 0
+        and weight.shape[0] % 8 == 0
+        and weight.shape[1] % 8 == 0
+        and _agree(x, weight, bias)
+        and native_is_available()
+    )
 
 
 def _agree(x: Tensor, *others: Tensor | None) -> bool:

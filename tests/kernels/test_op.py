@@ -54,6 +54,24 @@ def test_a_failure_rests_its_own_dtype_only(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("falls_back")
+def test_a_native_op_that_refuses_one_shape_is_asked_again_at_the_next(monkeypatch) -> None:
+    launches = []
+
+    def refuse_odd(x, *rest):
+        launches.append(x.shape[0])
+        if x.shape[0] % 2:
+            raise RuntimeError("sfast_native: no kernel")
+        return torch.zeros_like(x), x
+
+    monkeypatch.setattr(layer_norm, "triton_takes", lambda x: True)
+    monkeypatch.setattr(layer_norm, "_launch", refuse_odd)
+    for rows in (3, 2, 3, 4):
+        ops.layer_norm(torch.ones(rows, 8), [8], None, None, 1e-5)
+    assert launches == [3, 2, 3, 4]
+    assert len(fallback.noted()) == 1
+
+
+@pytest.mark.usefixtures("falls_back")
 def test_a_real_launch_on_memory_that_triton_cannot_reach(monkeypatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter reaches the memory of the CPU")
