@@ -1,6 +1,7 @@
 """A compiled module gives eager's results in every situation, traces no more than it must, and says where it fell back."""
 
 import copy
+import dataclasses
 import inspect
 import logging
 import pickle
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 import sfast
@@ -250,6 +252,36 @@ def test_the_random_numbers_go_on_as_in_eager() -> None:
     got = [compiled(x), compiled(x), torch.randn(2)]
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+    assert sfast.report(compiled).fallbacks == []
+
+
+@dataclasses.dataclass
+class Boxed:
+    y: Tensor
+    parts: tuple[Tensor, ...] = ()
+
+
+def test_dataclasses_and_model_outputs_in_and_out() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, box: Boxed, *, options: dict[str, Any], as_output: bool = False) -> Any:
+            y = box.y * self.weight + sum(box.parts) + options["deep"]["shift"]
+            return UNet2DConditionOutput(sample=y) if as_output else Boxed(y, (y + 1, y + 2))
+
+    compiled = sfast.compile(Nested().eval())
+    for n in (3, 5, 3):
+        box, options = Boxed(torch.randn(n, 3), (torch.randn(3),)), {"deep": {"shift": torch.randn(n, 1)}, "none": None}
+        got, expected = compiled(box, options=options), Nested.forward(compiled, box, options=options)
+        assert isinstance(got, Boxed)
+        assert torch.equal(got.y, expected.y)
+        assert torch.equal(got.parts[1], expected.parts[1])
+        output = compiled(box, options=options, as_output=True)
+        assert isinstance(output, UNet2DConditionOutput)
+        assert torch.equal(output.sample, expected.y)
+    assert sfast.report(compiled).traces == 2
     assert sfast.report(compiled).fallbacks == []
 
 
