@@ -23,7 +23,7 @@ KERNEL_CLASSES: tuple[tuple[str, str], ...] = (
     ("layout change", r"nchwtonhwc|nhwctonchw|tensor_?transpose|nchw_to_nhwc|nhwc_to_nchw"),
     ("convolution", r"conv|fprop|winograd|implicit_gemm|wgrad|dgrad"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|_mm_|_mm\d*$|gemv"),
-    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^_(moments|apply|merge_parts|whole_group)"),
+    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^_(moments|apply|merge|whole_group)"),
     ("layer norm", r"layer_?norm|rms_?norm"),
     ("softmax", r"softmax"),
     ("copy or cat", r"copy|cat(array|_)|concat|fill"),
