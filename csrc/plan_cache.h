@@ -73,6 +73,7 @@ class PlanCache {
 
   void choose(Entry& entry, const std::string& description, int64_t device, cudaStream_t stream,
               const Pointers& pointers, const std::function<Ways(bool first_only)>& propose) {
+    constexpr float kTie = 1.02f;
     const auto begin = std::chrono::steady_clock::now();
     const RelaxedCapture relaxed;
     const bool measure = !is_capturing(stream);
@@ -95,8 +96,10 @@ class PlanCache {
         candidates.push_back([&](cudaStream_t on) { way.run(pointers, workspace.get(), on); });
       }
       const std::vector<float> ms = time_each(candidates, stream);
-      best = std::min_element(ms.begin(), ms.end()) - ms.begin();
-      if (ms[best] == std::numeric_limits<float>::infinity()) return refuse(entry, description, "every kernel failed");
+      const float least = *std::min_element(ms.begin(), ms.end());
+      if (least == std::numeric_limits<float>::infinity()) return refuse(entry, description, "every kernel failed");
+      // The differences below kTie are noise: there the better guess counts.
+      best = std::find_if(ms.begin(), ms.end(), [=](float t) { return t <= kTie * least; }) - ms.begin();
       story << ms[best] << " ms with ";
     }
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
