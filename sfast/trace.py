@@ -103,7 +103,6 @@ class _Repairs(TorchFunctionMode):
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
     - `round()` of a size works.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
-    - `repeat_interleave` by a size is an expansion; the tracer would take the size for a tensor of repeats, on the CPU.
     - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
     - A tensor's *value* that becomes a Python number refuses the trace: the next call may decide otherwise.
     """
@@ -126,8 +125,6 @@ class _Repairs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
             return args[0].detach()
-        if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
-            return _repeat_interleave(func, *args, **(kwargs or {}))
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
         if func in self._CONVERSIONS and _depends_on_values(torch._C._get_value_trace(args[0])):
@@ -141,14 +138,6 @@ class _Repairs(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         del torch.Tensor.__round__
         super().__exit__(*error)
-
-
-def _repeat_interleave(func: Any, x: torch.Tensor, repeats: Any = None, dim: int | None = None, **rest: Any) -> Any:
-    if not isinstance(repeats, torch.Tensor) or repeats.dim() > 0 or dim is None:
-        return func(x, *([] if repeats is None else [repeats]), **({} if dim is None else {"dim": dim}), **rest)
-    dim %= x.dim()
-    sizes = [-1] * dim + [-1, repeats] + [-1] * (x.dim() - dim - 1)
-    return x.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
 
 
 def _is_size(repeats: Any = None, **_: Any) -> bool:
