@@ -12,7 +12,7 @@ from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
-ROWS, COLUMNS = 4, 512  # of a tile
+ROWS, COLUMNS = 4, 256  # of a tile
 
 
 def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:

@@ -17,7 +17,7 @@ from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
-TILE = 2048  # elements that a program takes at least
+TILE = 4096  # elements that a program takes at least
 ADD, WEIGHT, BIAS = 1, 2, 4  # bits of `flags`; a run-time value, so that all variants share one compilation
 
 
