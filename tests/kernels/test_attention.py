@@ -52,6 +52,7 @@ def test_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))]
 
 
+@pytest.mark.usefixtures("falls_back")
 def test_missing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
     inputs = _inputs()
@@ -64,6 +65,7 @@ def test_missing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplo
     assert "xformers attention: runs as PyTorch's" in caplog.text
 
 
+@pytest.mark.usefixtures("falls_back")
 def test_failing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def attend(*args: Tensor) -> Tensor:
         raise NotImplementedError("No operator found for this attention")
