@@ -21,6 +21,7 @@ from sfast import fallback, verify
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import GraphRunner, pool_of
 from sfast.fusions import chosen_fusions
+from sfast.loop import Loop, Watch
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
 from sfast.trace import Trace, is_tracing, trace
@@ -37,6 +38,8 @@ class Plan:
     runner: GraphRunner | None = None
     pointers: tuple[int, ...] = ()  # where the weights were when `runner` was captured
     capture: bool = False  # capture again when the graph was dropped or the weights have moved
+    watch: Watch | None = None  # looks for tensors that stay the same from call to call
+    loop: Loop | None = None  # the call without what those tensors decide
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,12 +143,54 @@ class Component:
 
     def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         assert plan.call is not None
+        if plan.loop is not None:
+            outputs = self._run_loop(plan, plan.loop, tensors)
+            if outputs is not None:
+                return outputs
         runner = plan.runner
         if plan.capture and (runner is None or runner.graph is None or plan.pointers != self.state.pointers):
             with self._lock:
                 self._capture(plan, tensors)
             runner = plan.runner
-        return runner(tensors) if runner is not None else plan.call.run(self.state.weights, tensors)
+        outputs = runner(tensors) if runner is not None else plan.call.run(self.state.weights, tensors)
+        if plan.watch is not None:
+            self._look_for_a_loop(plan, plan.watch, tensors, outputs)
+        return outputs
+
+    def _look_for_a_loop(
+        self, plan: Plan, watch: Watch, tensors: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> None:
+        """Split the plan's call where some of its tensors are the same as in the last call and decide something."""
+        stable = watch.stable(tensors)
+        if stable or watch.done():
+            plan.watch = None
+        split = plan.call.split(stable) if stable and isinstance(plan.call, Trace) else None
+        if split is None or any(self.state.weights[i].is_inference() for i in split.prologue_weights):
+            return
+        with self._lock, fallback.timed(f"{self.name}: hoisting"):
+            pool = pool_of(self.state.device) if plan.capture else None
+            loop = Loop(split, stable, pool, self.config.graph_memory_budget)
+            self._drop(plan)  # the two parts take its place
+            result = self._run_loop(plan, loop, tensors)
+            if result is None:
+                return
+            worst = max(verify.relative_error(a, b) - verify.tolerance(b) for a, b in zip(result, outputs, strict=True))
+            if self.config.verify and not worst <= 0:
+                loop.release()
+                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
+                return
+            plan.loop = loop
+
+    def _run_loop(self, plan: Plan, loop: Loop, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The loop's result; None, and the plan's call as a whole from now on, where it fails or does not pay."""
+        if not loop.wasted():
+            try:
+                return loop(self.state.weights, self.state.pointers, tensors)
+            except Exception as error:
+                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: {_first_line(error)}")
+        loop.release()
+        plan.loop = None
+        return None
 
     def _capture(self, plan: Plan, tensors: list[torch.Tensor]) -> None:
         """Capture the plan's call, or say once why it runs without a graph."""
@@ -173,6 +218,9 @@ class Component:
         if plan.runner is not None:
             plan.runner.pool.drop(plan.runner)
             plan.runner = None
+        if plan.loop is not None:
+            plan.loop.release()
+            plan.loop = None
 
     # --------------------------------------------------------------------------------------------- the first time at all
 
@@ -196,6 +244,7 @@ class Component:
                 if check is not None:
                     check.rewind()
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
+                plan.watch = Watch() if self.config.enable_hoisting and len(tensors) > 1 else None
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
             except Exception as exception:
@@ -267,7 +316,9 @@ class Component:
 
     def counts(self) -> tuple[int, int]:
         """How often the module was traced, and how many captured graphs there are."""
-        graphs = sum(plan.runner is not None and plan.runner.graph is not None for plan in self._plans.values())
+        plans = self._plans.values()
+        graphs = sum(plan.runner is not None and plan.runner.graph is not None for plan in plans)
+        graphs += sum(plan.loop.graphs() for plan in plans if plan.loop is not None)
         return self._traced, graphs
 
     def fired(self) -> Counter[str]:

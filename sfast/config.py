@@ -33,6 +33,7 @@ class CompilationConfig:
         enable_triton: use Triton kernels for normalizations and activations.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
         enable_xformers: use xformers' attention where it is installed and works, instead of PyTorch's.
+        enable_hoisting: compute what only the prompt (or a control image, or a size) decides once, and not at every step.
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
         graph_memory_budget: bytes that captured graphs may hold on one GPU; the least recently used are dropped above
@@ -53,6 +54,7 @@ class CompilationConfig:
     enable_fused_linear_geglu: bool = True
     prefer_lowp_gemm: bool = True
     enable_xformers: bool = False
+    enable_hoisting: bool = True
     enable_cuda_graph: bool = True
     enable_triton: bool = True
     enable_native: bool = True

@@ -146,8 +146,11 @@ class GraphPool:
 
     # -------------------------------------------------------------------------------------------------------- replay
 
-    def replay(self, runner: GraphRunner, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run one captured graph on the current stream; graphs of the pool never overlap."""
+    def replay(self, runner: GraphRunner, tensors: list[torch.Tensor], copies: bool = True) -> list[torch.Tensor]:
+        """Run one captured graph on the current stream; graphs of the pool never overlap.
+
+        Returns copies of its outputs, or with `copies=False` the outputs themselves, which the next replay overwrites.
+        """
         with self._lock, torch.cuda.device(self.device), torch.no_grad():
             assert runner.graph is not None, "a released graph cannot be replayed"
             stream = torch.cuda.current_stream(self.device)
@@ -158,7 +161,7 @@ class GraphPool:
             for buffer, tensor in zip(runner.inputs, tensors, strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             runner.graph.replay()
-            return [output.clone() for output in runner.outputs]
+            return [output.clone() for output in runner.outputs] if copies else runner.outputs
 
     # -------------------------------------------------------------------------------------------------------- memory
 

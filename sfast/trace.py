@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sfast import rewrite
+from sfast import hoist, rewrite
 from sfast.structure import flatten, unflatten
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
@@ -31,6 +31,7 @@ _tracing_lock = threading.RLock()  # the tracer's state and the patches below be
 class Trace:
     """A traced call: `run(weights, tensors)` computes it, for any shapes that take the same way through the module."""
 
+    graph: Any
     function: Callable[..., Any]
     used_weights: list[int]  # places in the weight list; a weight that no operator reads is not passed
     output: Hashable  # description of the result, see structure.py
@@ -39,14 +40,61 @@ class Trace:
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
-        with torch.no_grad(), torch.autocast(_device_type(tensors, weights), enabled=False), _plain_interpreter():
-            result = self.function(*[weights[i] for i in self.used_weights], *tensors)
-            results = [result] if isinstance(result, torch.Tensor) else result
-            return [r.contiguous() if dense else r for r, dense in zip(results, self.contiguous, strict=True)]
+        return self._finish(_interpret(self.function, [*[weights[i] for i in self.used_weights], *tensors]))
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """The result as the module returns it."""
         return unflatten(self.output, outputs)
+
+    def split(self, stable: frozenset[int]) -> Split | None:
+        """Prologue and body, for calls whose tensors at the places `stable` stay the same; None if it is not worth it."""
+        with _tracing_lock, _quiet():
+            graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
+            if graphs is None:
+                return None
+            used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
+            functions = [_callable(graph) for graph in graphs]
+        places = [[self.used_weights[i] for i in part] for part in used]
+        return Split(self, functions[0], places[0], functions[1], places[1])
+
+    def _finish(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [r.contiguous() if dense else r for r, dense in zip(results, self.contiguous, strict=True)]
+
+
+@dataclasses.dataclass(eq=False)
+class Split:
+    """A trace in two parts: `body(weights, tensors, prologue(weights, tensors))` is what the whole computes."""
+
+    whole: Trace
+    _prologue: Callable[..., Any]
+    prologue_weights: list[int]
+    _body: Callable[..., Any]
+    body_weights: list[int]
+
+    def prologue(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The hoisted values."""
+        return _interpret(self._prologue, [*[weights[i] for i in self.prologue_weights], *tensors])
+
+    def body(
+        self, weights: list[torch.Tensor], tensors: list[torch.Tensor], hoisted: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The flat output tensors."""
+        results = _interpret(self._body, [*[weights[i] for i in self.body_weights], *tensors, *hoisted])
+        return self.whole._finish(results)
+
+
+def _interpret(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    device_type = inputs[0].device.type if inputs else "cpu"
+    with torch.no_grad(), torch.autocast(device_type, enabled=False), _plain_interpreter():
+        result = function(*inputs)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _callable(graph: Any) -> Callable[..., Any]:
+    if len(list(graph.outputs())) > 1:
+        graph.makeMultiOutputIntoTuple()
+    function: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
+    return function
 
 
 def trace(
@@ -87,10 +135,8 @@ def trace(
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
         fired = rewrite.rewrite(graph, fusions)
         used = rewrite.drop_unused_inputs(graph, len(weights))
-        if len(list(graph.outputs())) > 1:
-            graph.makeMultiOutputIntoTuple()
-        function = torch._C._create_function_from_graph("forward", graph)
-    return Trace(function, used, output[0], contiguous, fired)
+        function = _callable(graph.copy())
+    return Trace(graph, function, used, output[0], contiguous, fired)
 
 
 class DecidesByValue(RuntimeError):
@@ -217,10 +263,3 @@ def _plain_interpreter() -> Iterator[None]:
 def is_tracing() -> bool:
     """Whether someone (we, or the user's own trace) is tracing right now."""
     return torch._C._get_tracing_state() is not None
-
-
-def _device_type(*groups: list[torch.Tensor]) -> str:
-    for group in groups:
-        for tensor in group:
-            return tensor.device.type
-    return "cpu"

@@ -1,0 +1,127 @@
+"""A denoising loop's calls: the body every time, the prologue only when what it reads has changed.
+
+Which inputs stay the same is not guessed from their names but seen: the very same tensor object, unwritten since the
+call before. A tensor edited in place has a new version, another prompt is another object, an edited or replaced weight
+has a new version or address; each of them runs the prologue again.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from sfast.cuda_graph import GraphPool, GraphRunner
+from sfast.trace import Split
+
+PATIENCE = 8  # calls of one shape in which something must have stayed the same, or nobody looks any more
+
+
+class Watch:
+    """Looks on while a call is repeated, until it knows which of its tensors stay the same."""
+
+    def __init__(self) -> None:
+        self._last: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._calls = 0
+
+    def done(self) -> bool:
+        """Whether looking on is of no use any more."""
+        return self._calls > PATIENCE
+
+    def stable(self, tensors: list[torch.Tensor]) -> frozenset[int]:
+        """Places of the tensors that are the same as at the last call; empty if none is, or all are."""
+        self._calls += 1
+        versions = [version_of(tensor) for tensor in tensors]
+        same = {
+            i
+            for i, ((last, version), tensor) in enumerate(zip(self._last, tensors, strict=False))
+            if last() is tensor and version == versions[i] >= 0
+        }
+        self._last = [(weakref.ref(tensor), version) for tensor, version in zip(tensors, versions, strict=True)]
+        return frozenset(same) if len(same) < len(tensors) else frozenset()
+
+
+class Loop:
+    """One call in two parts, at one shape; on a GPU each part is a captured graph."""
+
+    def __init__(self, split: Split, stable: frozenset[int], pool: GraphPool | None, budget: int | None) -> None:
+        self.split = split
+        self.misses = 0  # how often the prologue had to run again
+        self.calls = 0
+        self._stable = sorted(stable)
+        self._pool = pool
+        self._budget = budget
+        self._prologue: GraphRunner | None = None
+        self._body: GraphRunner | None = None
+        self._hoisted: list[torch.Tensor] = []
+        self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
+        self._pointers: tuple[int, ...] = ()
+
+    def __call__(
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The flat output tensors; `pointers` are the addresses of the weights."""
+        self.calls += 1
+        if self._pool is not None and (self._dropped() or pointers != self._pointers):
+            self._capture(self._pool, weights, tensors)
+        if pointers != self._pointers:
+            self._read = []  # a weight's values may have come with its new address
+            self._pointers = pointers
+        reads = [tensors[i] for i in self._stable] + [weights[i] for i in self.split.prologue_weights]
+        if len(reads) != len(self._read) or any(
+            [a is not b or version_of(a) != version for a, (b, version) in zip(reads, self._read, strict=True)]
+        ):
+            self.misses += 1
+            self._run_prologue(weights, tensors)
+            self._read = [(tensor, version_of(tensor)) for tensor in reads]
+        if self._body is None:
+            return self.split.body(weights, tensors, self._hoisted)
+        stable = set(self._stable)
+        return self._body([tensor for i, tensor in enumerate(tensors) if i not in stable])
+
+    def wasted(self) -> bool:
+        """Whether what seemed to stay the same changes about as often as it is used."""
+        return self.misses > 4 and 2 * self.misses > self.calls
+
+    def release(self) -> None:
+        """Give the graphs up."""
+        for runner in (self._prologue, self._body):
+            if runner is not None:
+                runner.pool.drop(runner)
+        self._prologue = self._body = None
+        self._hoisted, self._read = [], []
+
+    def graphs(self) -> int:
+        """How many captured graphs there are."""
+        return sum(runner is not None and runner.graph is not None for runner in (self._prologue, self._body))
+
+    def _run_prologue(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        if self._prologue is None:
+            self._hoisted = self.split.prologue(weights, tensors)
+        else:
+            self._prologue.pool.replay(self._prologue, tensors, copies=False)
+
+    def _dropped(self) -> bool:
+        runners = (self._prologue, self._body)
+        return any(runner is None or runner.graph is None for runner in runners)
+
+    def _capture(self, pool: GraphPool, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        self.release()
+        split, stable = self.split, set(self._stable)
+        prologue = pool.capture(lambda inputs: split.prologue(weights, inputs), tensors, self._budget)
+
+        def body(changing: list[torch.Tensor]) -> list[torch.Tensor]:
+            rest = iter(changing)
+            inputs = [kept if i in stable else next(rest) for i, kept in enumerate(prologue.inputs)]
+            return split.body(weights, inputs, prologue.outputs)
+
+        self._prologue = prologue
+        changing = [tensor for i, tensor in enumerate(tensors) if i not in stable]
+        self._body = pool.capture(body, changing, self._budget)
+        if prologue.graph is None:
+            raise RuntimeError("the two parts of a call do not fit into `graph_memory_budget` together")
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 for an inference tensor, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
