@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from sfast import versions
+from sfast.triton_cache import is_readable
 
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with fast fp16 matrix units that today's cuDNN and Triton still serve
 PIP = f"{shlex.quote(sys.executable)} -m pip"
@@ -255,27 +256,15 @@ def check_kernel_cache() -> Iterator[Finding]:
         )
         return
     files = [path for path in folder.rglob("*") if path.is_file()]
-    damaged = [path for path in files if is_damaged(path)]
-    size = sum(path.stat().st_size for path in files) / 2**20
-    detail = f"{folder}: {len(files)} files, {size:.1f} MiB"
-    if damaged:
-        detail += f"; {len(damaged)} damaged, the first is {damaged[0].relative_to(folder)}"
-        yield Finding("kernel cache", "broken", detail, f"rm -rf {shlex.quote(str(folder))}")
+    entries = {path.parent for path in files if not is_readable(path)}
+    detail = f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
+    if entries:
+        detail += (
+            f"; broken entries: {len(entries)}; sfast removes them before its first kernel, other programs may not"
+        )
+        yield Finding("kernel cache", "note", detail, f"rm -rf {shlex.join(map(str, sorted(entries)))}")
     else:
         yield Finding("kernel cache", "ok", detail)
-
-
-def is_damaged(path: Path) -> bool:
-    """An empty file, or JSON that does not parse: what an interrupted write or a full disk leaves behind."""
-    if path.stat().st_size == 0:
-        return path.suffix != ".lock"
-    if path.suffix != ".json":
-        return False
-    try:
-        json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
-        return True
-    return False
 
 
 def attempt(name: str) -> tuple[ModuleType | None, str]:

@@ -32,14 +32,15 @@ def mend() -> bool:
 def remove_broken_entries(cache: Path) -> None:
     """Remove the entries (folders) of a cache that hold a truncated file."""
     entries = [entry for entry in cache.glob("*") if entry.is_dir()]
-    broken = [entry for entry in entries if not all(map(_is_readable, entry.iterdir()))]
+    broken = [entry for entry in entries if not all(map(is_readable, entry.iterdir()))]
     for entry in broken:
         shutil.rmtree(entry, ignore_errors=True)  # another process may be mending it too
     if broken:
         note("Triton's kernel cache", f"{len(broken)} broken entries removed from {cache}; they are compiled anew")
 
 
-def _is_readable(file: Path) -> bool:
+def is_readable(file: Path) -> bool:
+    """Whether Triton can read a file of its cache back."""
     try:
         if file.suffix in (".so", ".cubin"):
             return is_whole(file)
