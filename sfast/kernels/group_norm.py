@@ -19,18 +19,19 @@ The formula for merging: Chan, Golub, LeVeque, "Algorithms for computing the sam
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels.group_norm_kernels import BIAS, SHIFT, SILU, WEIGHT, apply, merge, moments, whole_group
 from sfast.kernels.op import define
-from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
-from sfast.kernels.triton_or_none import tl, triton, triton_takes
+from sfast.kernels.overlap import launch_options
+from sfast.kernels.triton_or_none import triton, triton_takes
 
 IN_REGISTERS = 32768  # elements of a group that one program can keep
 LARGE = 1 << 24  # elements of x from which on throughput counts for more than latency
-SILU, SHIFT, WEIGHT, BIAS = 1, 2, 4, 8  # bits of `flags`; a run-time value, so that all variants share one compilation
 
 
 def group_norm_reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -63,8 +64,8 @@ def _group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Te
 def _add_group_norm_silu(
     x: Tensor, shift: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    per_channel = shift.dim() == x.dim() and shift.shape[0] in (1, x.shape[0]) and shift.shape[1] == x.shape[1]
-    if per_channel and shift.shape[2:].numel() == 1:
+    rest = shift.shape[2:] if x.dim() != 5 else shift.shape[3:]  # a video may have one shift for each frame
+    if shift.dim() == x.dim() and shift.shape[1] == x.shape[1] and rest.numel() == 1:
         return _launch(x, shift, num_groups, weight, bias, eps, SILU | SHIFT)
     return _launch(x + shift, None, num_groups, weight, bias, eps, SILU)
 
@@ -73,45 +74,58 @@ def _launch(
     x: Tensor, shift: Tensor | None, G: int, weight: Tensor | None, bias: Tensor | None, eps: float, flags: int
 ) -> Tensor:
     N, C = x.shape[:2]
-    S = x.shape[2:].numel()
-    channels_last = S == 1 or (C > 1 and x.movedim(1, -1).is_contiguous())
-    if not channels_last:
-        x = x.contiguous()
-    row_stride, channel_stride = (C, 1) if channels_last else (1, S)
+    x, view = _view(x, 1 if shift is None else shift.shape[2:].numel())
+    T, S = view.frames, x.shape[2:].numel() // view.frames
     y = torch.empty_like(x)
     flags |= (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
-    shift = x if shift is None else shift.expand(N, *shift.shape[1:]).reshape(N, C).contiguous()
-
+    shift = x if shift is None else shift.flatten(2).expand(N, C, T).transpose(1, 2).contiguous()  # [N, T, C]
     options = launch_options(x.device)
 
     PER_GROUP = C // G
     ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(PER_GROUP)
-    if ROWS * CHANNELS <= IN_REGISTERS:
+    if T == 1 and ROWS * CHANNELS <= IN_REGISTERS:
         shape = {"PER_GROUP": PER_GROUP, "ROWS": ROWS, "CHANNELS": CHANNELS}
         warps = max(1, min(16, ROWS * CHANNELS // 512))
-        _whole_group[G, N](
-            x, y, shift, weight, bias, S, C, row_stride, channel_stride, eps, flags, **shape, **options, num_warps=warps
-        )
+        strides = view.row_stride, view.channel_stride
+        whole_group[G, N](x, y, shift, weight, bias, S, C, *strides, eps, flags, **shape, **options, num_warps=warps)
         return y
 
-    tile, per_multiprocessor = _tile(channels_last, x.numel())
-    ROWS, CHANNELS = tile["ROWS"], tile["CHANNELS"]
-    blocks = triton.cdiv(C, CHANNELS)
-    part_rows = _part_rows(S, ROWS, N * blocks, per_multiprocessor * _multiprocessors(x.device))
+    tile, per_multiprocessor = _tile(view.channel_stride == 1, x.numel())
+    blocks = triton.cdiv(C, tile["CHANNELS"])
+    programs = per_multiprocessor * _multiprocessors(x.device)
+    part_rows = _part_rows(S, tile["ROWS"], N * T * blocks, programs)
     parts = triton.cdiv(S, part_rows)
-    moments = x.new_empty(2, N, parts, C, dtype=torch.float32)
-    table = x.new_empty(3, N, C, dtype=torch.float32)
-    _moments[blocks * parts, N](x, moments, S, C, row_stride, channel_stride, part_rows, parts, **tile, **options)
-    _merge[G, N](
-        moments, table, shift, weight, bias, S, C, part_rows, parts, eps, flags, ENTRIES=1024, CHANNELS=128, **options
-    )
-    rows = ROWS * _tiles_per_program(S, ROWS, N * blocks, x.device)
-    _apply[blocks * triton.cdiv(S, rows), N](
-        x, y, table, S, C, row_stride, channel_stride, rows, flags, **tile, **options
-    )
+    partial = x.new_empty(2, N, T * parts, C, dtype=torch.float32)
+    table = x.new_empty(3, N, T, C, dtype=torch.float32)
+    moments[blocks * T * parts, N](x, partial, S, C, *view, part_rows, parts, **tile, **options)
+    sizes = {"ENTRIES": 1024, "CHANNELS": 128}
+    merge[G, N](partial, table, shift, weight, bias, S, C, T, part_rows, parts, eps, flags, **sizes, **options)
+    rows = tile["ROWS"] * _tiles_per_program(S, tile["ROWS"], N * T * blocks, x.device)
+    pieces = triton.cdiv(S, rows)
+    apply[blocks * T * pieces, N](x, y, table, S, C, *view, rows, pieces, flags, **tile, **options)
     return y
+
+
+class View(NamedTuple):
+    """How a dense x lies in memory: samples of `frames` frames of S rows of C channels; strides in elements."""
+
+    frames: int  # T; one, unless a shift differs between frames or they do not follow upon each other
+    frame_stride: int
+    row_stride: int
+    channel_stride: int
+
+
+def _view(x: Tensor, frames: int) -> tuple[Tensor, View]:
+    """(x, made contiguous if it is neither channels-last, nor contiguous, nor a video in the order N T C H W; its view)."""
+    C, S = x.shape[1], x.shape[2:].numel()
+    if S == 1 or (C > 1 and x.movedim(1, -1).is_contiguous()):
+        return x, View(frames, S // frames * C, C, 1)
+    if x.dim() == 5 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        rows = x.shape[3:].numel()
+        return x, View(x.shape[2], C * rows, 1, rows)
+    return x.contiguous(), View(frames, S // frames, 1, S)
 
 
 def _tile(channels_last: bool, elements: int) -> tuple[dict[str, int], int]:
@@ -137,195 +151,6 @@ def _tiles_per_program(S: int, ROWS: int, neighbours: int, device: torch.device)
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@triton.jit(do_not_specialize=["S", "flags"])
-def _whole_group(
-    x: tl.tensor,
-    y: tl.tensor,
-    shift: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    S: tl.tensor,
-    C: tl.tensor,
-    row_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    eps: tl.tensor,
-    flags: tl.tensor,
-    PER_GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """One group of one sample, [S, C/G], stays in registers. PER_GROUP is a constant so that loads can be wide."""
-    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, lane = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    live = lane < PER_GROUP
-    mask = (row < S)[:, None] & live[None, :]
-    channel = group * PER_GROUP + lane
-    offset = row[:, None] * row_stride + channel[None, :] * channel_stride
-    wait_for_previous_kernel(OVERLAP)
-    v = tl.load(x + n * S * C + offset, mask=mask, other=0).to(tl.float32)
-    shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
-    v += tl.load(shift + n * C + channel, mask=lane < PER_GROUP * shifted, other=0).to(tl.float32)[None, :]
-    w = tl.load(weight + channel, mask=lane < PER_GROUP * weighted, other=0).to(tl.float32) + (1 - weighted)
-    b = tl.load(bias + channel, mask=lane < PER_GROUP * biased, other=0).to(tl.float32)
-
-    count = (S * PER_GROUP).to(tl.float32)
-    v -= tl.sum(tl.where(mask, v, 0)) / count
-    variance = tl.sum(tl.where(mask, v * v, 0)) / count
-    v = v * (w * tl.rsqrt(variance + eps))[None, :] + b[None, :]
-    if flags & 1 != 0:
-        v = v * tl.sigmoid(v)
-    tl.store(y + n * S * C + offset, v.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["S", "part_rows", "parts"])
-def _moments(
-    x: tl.tensor,
-    moments: tl.tensor,
-    S: tl.tensor,
-    C: tl.tensor,
-    row_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    part_rows: tl.tensor,
-    parts: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """Mean and M2 of every channel over part_rows rows of x, into moments [2, N, parts, C]."""
-    blocks = tl.cdiv(C, CHANNELS)
-    block, part, n = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
-    row, channel = tl.arange(0, ROWS), block * CHANNELS + tl.arange(0, CHANNELS)
-    live = channel < C
-    rows = tl.minimum(part_rows, S - part * part_rows)
-    start = x + n * S * C + (part * part_rows).to(tl.int64) * row_stride
-    offset = row[:, None] * row_stride + channel[None, :] * channel_stride
-
-    wait_for_previous_kernel(OVERLAP)
-    pilot = tl.load(start + channel * channel_stride, mask=live, other=0).to(tl.float32)
-    s1 = tl.zeros([ROWS, CHANNELS], tl.float32)
-    s2 = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for done in tl.range(0, rows, ROWS, num_stages=3):
-        mask = (row < rows - done)[:, None] & live[None, :]
-        d = tl.where(mask, tl.load(start + offset, mask=mask, other=0).to(tl.float32) - pilot[None, :], 0)
-        s1 += d
-        s2 += d * d
-        start += ROWS * row_stride
-
-    count = rows.to(tl.float32)
-    sum1, sum2 = tl.sum(s1, axis=0), tl.sum(s2, axis=0)
-    to = moments + (n * parts + part) * C + channel
-    tl.store(to, pilot + sum1 / count, mask=live)
-    tl.store(to + tl.num_programs(1) * parts * C, sum2 - sum1 * sum1 / count, mask=live)
-
-
-@triton.jit(do_not_specialize=["S", "part_rows", "parts", "flags"])
-def _merge(
-    moments: tl.tensor,
-    table: tl.tensor,
-    shift: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    S: tl.tensor,
-    C: tl.tensor,
-    part_rows: tl.tensor,
-    parts: tl.tensor,
-    eps: tl.tensor,
-    flags: tl.tensor,
-    ENTRIES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """Chan's formula over one group of moments [2, N, parts, C]; center, scale and offset go to table [3, N, C]."""
-    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    per_group = C // tl.num_programs(0)
-    first = n * C + group * per_group  # of the group's channels
-    means = moments + n * parts * C + group * per_group
-    m2s = means + tl.num_programs(1) * parts * C
-    shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
-    entry, lane = tl.arange(0, ENTRIES), tl.arange(0, CHANNELS)
-    entries = parts * per_group
-    total = S.to(tl.float32) * per_group
-    wait_for_previous_kernel(OVERLAP)
-
-    s = tl.load(shift + first + lane, mask=lane < per_group * shifted, other=0).to(tl.float32)
-    w = tl.load(weight + group * per_group + lane, mask=lane < per_group * weighted, other=0).to(tl.float32)
-    b = tl.load(bias + group * per_group + lane, mask=lane < per_group * biased, other=0).to(tl.float32)
-    pilot = tl.load(means)
-    excess = tl.zeros([ENTRIES], tl.float32)
-    m2 = tl.zeros([ENTRIES], tl.float32)
-    for done in range(0, entries, ENTRIES):
-        part, c = (done + entry) // per_group, (done + entry) % per_group
-        mask = done + entry < entries
-        count = tl.minimum(part_rows, S - part * part_rows).to(tl.float32)
-        mean = tl.load(means + part * C + c, mask=mask, other=0)
-        m2 += tl.load(m2s + part * C + c, mask=mask, other=0)
-        mean += tl.load(shift + first + c, mask=done + entry < entries * shifted, other=0).to(tl.float32)
-        excess += tl.where(mask, (mean - pilot) * count, 0)
-    center = pilot + tl.sum(excess, axis=0) / total
-
-    for done in range(0, entries, ENTRIES):
-        part, c = (done + entry) // per_group, (done + entry) % per_group
-        mask = done + entry < entries
-        count = tl.minimum(part_rows, S - part * part_rows).to(tl.float32)
-        gap = tl.load(means + part * C + c, mask=mask, other=0) - center
-        gap += tl.load(shift + first + c, mask=done + entry < entries * shifted, other=0).to(tl.float32)
-        m2 += tl.where(mask, gap * gap * count, 0)
-    rstd = tl.rsqrt(tl.sum(m2, axis=0) / total + eps)
-
-    plane = tl.num_programs(1) * C
-    for done in range(0, per_group, CHANNELS):
-        c = done + lane
-        if done > 0:
-            s = tl.load(shift + first + c, mask=c < per_group * shifted, other=0).to(tl.float32)
-            w = tl.load(weight + group * per_group + c, mask=c < per_group * weighted, other=0).to(tl.float32)
-            b = tl.load(bias + group * per_group + c, mask=c < per_group * biased, other=0).to(tl.float32)
-        live = c < per_group
-        tl.store(table + first + c, center - s, mask=live)
-        tl.store(table + plane + first + c, rstd * (w + (1 - weighted)), mask=live)
-        tl.store(table + 2 * plane + first + c, b, mask=live)
-
-
-@triton.jit(do_not_specialize=["S", "rows", "flags"])
-def _apply(
-    x: tl.tensor,
-    y: tl.tensor,
-    table: tl.tensor,
-    S: tl.tensor,
-    C: tl.tensor,
-    row_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    rows: tl.tensor,
-    flags: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """y = (x - center) * scale + offset for `rows` rows, and SiLU."""
-    blocks = tl.cdiv(C, CHANNELS)
-    which = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the last rows are still in the L2 cache
-    N = tl.num_programs(1)
-    n = (N - 1 - tl.program_id(1)).to(tl.int64)
-    block, begin = which % blocks, which // blocks * rows
-    row, channel = tl.arange(0, ROWS), block * CHANNELS + tl.arange(0, CHANNELS)
-    live = channel < C
-    wait_for_previous_kernel(OVERLAP)
-    center = tl.load(table + n * C + channel, mask=live, other=0)[None, :]
-    scale = tl.load(table + (N + n) * C + channel, mask=live, other=0)[None, :]
-    b = tl.load(table + (2 * N + n) * C + channel, mask=live, other=0)[None, :]
-
-    start = n * S * C + begin.to(tl.int64) * row_stride
-    offset = row[:, None] * row_stride + channel[None, :] * channel_stride
-    for done in range(0, tl.minimum(rows, S - begin), ROWS):
-        mask = (row < S - begin - done)[:, None] & live[None, :]
-        v = tl.load(x + start + offset, mask=mask, other=0).to(tl.float32)
-        v = (v - center) * scale + b
-        if flags & 1 != 0:
-            v = v * tl.sigmoid(v)
-        tl.store(y + start + offset, v.to(y.dtype.element_ty), mask=mask)
-        start += ROWS * row_stride
 
 
 def _takes(x: Tensor, G: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:

@@ -27,7 +27,9 @@ def wait_for_previous_kernel(OVERLAP: tl.constexpr) -> None:
 @functools.cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments for a launch of a kernel with an `OVERLAP` constant."""
-    overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _cuda_version() >= (12, 4)
+    overlap = (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _cuda_version() >= (12, 4)
+    )
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 

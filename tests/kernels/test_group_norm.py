@@ -67,6 +67,20 @@ def test_shift(shift_shape, last, device) -> None:
     assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
 
 
+@pytest.mark.parametrize("order", ["N T H W C", "N C T H W", "N T C H W"])
+@pytest.mark.parametrize("frames", [3, 1])
+def test_a_shift_for_each_frame_of_a_video(frames, order, device, runs_kernel) -> None:
+    sizes = {"N": 2, "T": 3, "C": 20, "H": 7, "W": 13}
+    memory = torch.randn([sizes[axis] for axis in order.split()], device=device) + 0.5
+    x = memory.permute([order.split().index(axis) for axis in "NCTHW"])
+    weight, bias = torch.randn(20, device=device), torch.randn(20, device=device)
+    inputs = (x, 3 * torch.randn(2, 20, frames, 1, 1, device=device), 2, weight, bias, 1e-5)
+    result = ops.add_group_norm_silu(*inputs)
+    assert_close_to_fp64(result, add_group_norm_silu_reference, *inputs)
+    if runs_kernel:
+        assert result.stride() == x.stride()
+
+
 def test_a_shift_that_enlarges_x_is_added_by_the_reference(device) -> None:
     x, shift = torch.randn(2, 4, 1, 1, device=device), torch.randn(2, 4, 3, 3, device=device)
     inputs = (x, shift, 2, None, None, 1e-5)
