@@ -39,6 +39,7 @@ LADDER: dict[str, dict[str, Any]] = {
         "enable_fused_linear_geglu": False,
         "enable_cnn_optimization": False,
         "enable_native": False,
+        "enable_hoisting": False,
         "memory_format": torch.contiguous_format,
     },
     "graph": {"enable_cuda_graph": True},
@@ -47,6 +48,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "geglu": {"enable_fused_linear_geglu": True},
     "cnn": {"enable_cnn_optimization": True},
     "native": {"enable_native": True},
+    "hoisting": {"enable_hoisting": True},
 }
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "compile-default": {},
