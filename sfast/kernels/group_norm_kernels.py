@@ -53,7 +53,7 @@ def whole_group(
     tl.store(y + n * S * C + offset, v.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["S", "T", "frame_stride", "part_rows", "parts"])
+@triton.jit(do_not_specialize=["S", "T", "part_rows", "parts"])
 def moments(
     x: tl.tensor,
     moments: tl.tensor,
@@ -169,7 +169,7 @@ def merge(
             tl.store(to + 2 * plane, b, mask=live)
 
 
-@triton.jit(do_not_specialize=["S", "T", "frame_stride", "rows", "pieces", "flags"])
+@triton.jit(do_not_specialize=["S", "T", "rows", "pieces", "flags"])
 def apply(
     x: tl.tensor,
     y: tl.tensor,

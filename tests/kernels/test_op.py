@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from sfast import fallback
-from sfast.kernels import geglu, group_norm, layer_norm
+from sfast.kernels import geglu, group_norm, layer_norm, triton_or_none
+from sfast.kernels.overlap import launch_options
 
 ops = torch.ops.sfast
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,26 @@ def test_running_out_of_memory_is_not_a_reason_to_fall_back(monkeypatch) -> None
     monkeypatch.setattr(group_norm, "_launch", exhaust)
     with pytest.raises(torch.OutOfMemoryError):
         ops.group_norm(torch.randn(2, 8, 5, 5), 2, None, None, 1e-5)
+
+
+@pytest.mark.usefixtures("falls_back")
+def test_a_gpu_older_than_sm75_is_noted(monkeypatch) -> None:
+    for capability, enough in [((7, 0), False), ((7, 5), True), ((9, 0), True)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert triton_or_none._is_new_enough.__wrapped__(torch.device("cuda", 0)) is enough
+    assert fallback.noted() == [
+        ("Triton", "kernels run as plain PyTorch: they need an sm75 GPU or later, cuda:0 is sm70")
+    ]
+
+
+def test_kernels_overlap_from_hopper_on(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, overlap in [((8, 9), False), ((9, 0), True), ((12, 0), True)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert launch_options.__wrapped__(torch.device("cuda", 0))["OVERLAP"] is overlap
+    monkeypatch.setattr(torch.version, "cuda", "12.1")
+    assert launch_options.__wrapped__(torch.device("cuda", 0)) == {"OVERLAP": False}
+    assert launch_options.__wrapped__(torch.device("cpu")) == {"OVERLAP": False}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
