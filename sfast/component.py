@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -22,6 +23,7 @@ from sfast.config import CompilationConfig
 from sfast.cuda_graph import GraphRunner, pool_of
 from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Watch
+from sfast.merge import pack_weights, unpack_weight
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
 from sfast.trace import Trace, is_tracing, trace
@@ -79,7 +81,9 @@ class Component:
         self._traced = 0  # how often, over the whole life
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
-        self._relaid: list[torch.nn.Parameter] = []  # weights that were given another memory format
+        # Weights that were moved next to others, and those that were given another memory format.
+        self._packed: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
+        self._relaid: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
         self._active = True
         functools.update_wrapper(self, self.eager)
@@ -103,7 +107,10 @@ class Component:
             else:
                 self.module.__dict__["forward"] = self._own_forward
         self._forget()
-        for weight in self._relaid:
+        for weight in self._packed.values():
+            unpack_weight(weight)
+        self._packed.clear()
+        for weight in self._relaid.values():
             weight.data = weight.data.contiguous()
         self._relaid.clear()
 
@@ -195,6 +202,7 @@ class Component:
     def _capture(self, plan: Plan, tensors: list[torch.Tensor]) -> None:
         """Capture the plan's call, or say once why it runs without a graph."""
         assert plan.call is not None
+        self._pack(plan.call)  # again, if the weights have moved apart
         call, weights = plan.call, self.state.weights
         self._drop(plan)
         pool = pool_of(self.state.device)
@@ -241,6 +249,7 @@ class Component:
         for candidate in self._candidates(signature, call, tensors):
             try:
                 traced = candidate()
+                self._pack(traced)
                 if check is not None:
                     check.rewind()
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
@@ -286,7 +295,7 @@ class Component:
 
         def fused() -> Trace:
             with fallback.timed(f"{self.name}: tracing and rewriting"):
-                return trace(self.eager, weights, call, tensors, self.fusions)
+                return trace(self.eager, weights, call, tensors, self.fusions, self.config.enable_merged_linears)
 
         return [*known, fused, plain] if self.config.verify else [*known, fused]
 
@@ -309,8 +318,16 @@ class Component:
                 relaid = weight.data.contiguous(memory_format=torch.channels_last)
                 if relaid.data_ptr() != weight.data_ptr() or relaid.stride() != weight.stride():
                     weight.data = relaid
-                    self._relaid.append(weight)
+                    self._relaid[id(weight)] = weight
         self.state.refresh()
+
+    def _pack(self, call: Trace | EagerCall) -> None:
+        """Bring together in memory what merged linear layers read as one matrix."""
+        if isinstance(call, Trace) and call.packs:
+            for pack in call.packs:
+                for weight in pack_weights(pack, self.state.weights):
+                    self._packed[id(weight)] = weight
+            self.state.refresh()
 
     # ------------------------------------------------------------------------------------------------------- reporting
 

@@ -33,6 +33,8 @@ class CompilationConfig:
         enable_triton: use Triton kernels for normalizations and activations.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
         enable_xformers: use xformers' attention where it is installed and works, instead of PyTorch's.
+        enable_merged_linears: compute linear layers that read the same tensor, such as queries, keys and values, in one
+            product. Their weights move next to each other in memory; nothing is copied for good.
         enable_hoisting: compute what only the prompt (or a control image, or a size) decides once, and not at every step.
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
@@ -54,6 +56,7 @@ class CompilationConfig:
     enable_fused_linear_geglu: bool = True
     prefer_lowp_gemm: bool = True
     enable_xformers: bool = False
+    enable_merged_linears: bool = True
     enable_hoisting: bool = True
     enable_cuda_graph: bool = True
     enable_triton: bool = True

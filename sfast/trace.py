@@ -22,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
+from sfast.merge import NAME, Pack, merge_linears
 from sfast.structure import flatten, unflatten
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
@@ -37,6 +38,7 @@ class Trace:
     output: Hashable  # description of the result, see structure.py
     contiguous: list[bool]  # which results eager lays out without gaps, in their order: so will we
     fusions: Counter[str]
+    packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
@@ -103,6 +105,7 @@ def trace(
     call: Hashable,
     tensors: list[torch.Tensor],
     fusions: list[rewrite.Fusion],
+    merge: bool = False,
 ) -> Trace:
     """Trace `forward` at one call and fuse its graph.
 
@@ -111,6 +114,7 @@ def trace(
         weights: every tensor that the module owns and may read; no two the same object.
         call, tensors: the call's (args, kwargs), as `structure.flatten` takes them apart.
         fusions: what to fuse, in order.
+        merge: whether to merge linear layers that read the same tensor.
 
     Raises:
         DecidesByValue: the module reads a tensor's value in Python.
@@ -134,9 +138,11 @@ def trace(
         with _Repairs():
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
         fired = rewrite.rewrite(graph, fusions)
+        packs = merge_linears(graph, weights) if merge else []
+        fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         function = _callable(graph.copy())
-    return Trace(graph, function, used, output[0], contiguous, fired)
+    return Trace(graph, function, used, output[0], contiguous, fired, packs)
 
 
 class DecidesByValue(RuntimeError):

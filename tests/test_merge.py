@@ -1,0 +1,172 @@
+"""Linear layers that read one tensor become one product, over weights that are neighbours and still everybody's own."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sfast
+from sfast import CompilationConfig, merge
+from sfast.kernels.linear_together import are_adjacent
+from tests import tiny
+
+
+class Attention(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.q, self.k, self.v = (nn.Linear(6, rows, bias=bias) for rows in (8, 8, 4))
+        self.other, self.biased = nn.Linear(6, 4, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        attended = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+        return attended + self.other(y.sin()) + self.biased(x)
+
+
+def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    module = module.eval().requires_grad_(False)
+    return copy.deepcopy(module), sfast.compile(module)
+
+
+def agree(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_keys_and_values_become_one(bias: bool) -> None:
+    eager, compiled = pair(Attention(bias))
+    for shape in [(2, 5, 6), (1, 3, 6)]:
+        x = torch.randn(shape)
+        agree(compiled(x), eager(x))
+    report = sfast.report(compiled)
+    assert report.fusions["linear_together"] == 1
+    assert (report.traces, report.fallbacks) == (1, [])
+    assert are_adjacent([compiled.q.weight, compiled.k.weight, compiled.v.weight])
+    assert not bias or are_adjacent([compiled.q.bias, compiled.k.bias, compiled.v.bias])
+    assert not are_adjacent([compiled.v.weight, compiled.other.weight])
+
+
+def test_weights_stay_what_they_were_and_come_back_alone() -> None:
+    eager, compiled = pair(Attention(True))
+    objects = dict(compiled.named_parameters())
+    compiled(torch.randn(2, 5, 6))
+    for name, weight in compiled.named_parameters():
+        assert weight is objects[name]
+        assert torch.equal(weight, eager.get_parameter(name))
+    sfast.restore(compiled)
+    for name, weight in compiled.named_parameters():
+        assert weight is objects[name]
+        assert torch.equal(weight, eager.get_parameter(name))
+        assert weight.untyped_storage().nbytes() == weight.numel() * 4
+        assert weight.stride() == eager.get_parameter(name).stride()
+
+
+def test_edited_moved_and_replaced_weights() -> None:
+    eager, compiled = pair(Attention())
+    x = torch.randn(2, 5, 6)
+    changes = [
+        lambda m, w: m.k.weight.mul_(2),
+        lambda m, w: setattr(m.k.weight, "data", w),  # no neighbour any more: three products, the same result
+        lambda m, w: m.k.weight.copy_(w * 3),
+        lambda m, w: setattr(m.q, "weight", nn.Parameter(w, requires_grad=False)),
+        lambda m, w: m.load_state_dict({name: t * 2 for name, t in m.state_dict().items()}),
+    ]
+    for change in changes:
+        agree(compiled(x), eager(x))
+        w = torch.randn(8, 6)
+        for module in (eager, compiled):
+            change(module, w.clone())
+        agree(compiled(x), eager(x))
+    assert sfast.report(compiled).traces == 1
+
+
+def test_a_weight_of_two_groups_has_one_place() -> None:
+    class Tied(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.cos()
+            return super().forward(x) + self.q(z).sum(-1, keepdim=True) + self.other(z)
+
+    eager, compiled = pair(Tied())
+    x = torch.randn(2, 5, 6)
+    agree(compiled(x), eager(x))
+    assert sfast.report(compiled).fusions["linear_together"] == 1
+
+
+def test_a_group_too_large_to_move_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "MAX_BYTES", 100)
+    eager, compiled = pair(Attention())
+    x = torch.randn(2, 5, 6)
+    agree(compiled(x), eager(x))
+    assert "linear_together" not in sfast.report(compiled).fusions
+
+
+def test_what_reads_an_input_is_left_for_hoisting() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, prompt: Tensor) -> Tensor:
+            return self.k(prompt) * self.v(prompt)
+
+    eager, compiled = pair(Cross())
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    assert sfast.report(compiled).fusions == {}
+
+
+def test_switched_off() -> None:
+    module = Attention().eval().requires_grad_(False)
+    sfast.compile(module, CompilationConfig(enable_merged_linears=False))
+    module(torch.randn(2, 5, 6))
+    assert "linear_together" not in sfast.report(module).fusions
+    assert not are_adjacent([module.q.weight, module.k.weight])
+
+
+def test_a_compiled_pipeline_is_saved_as_it_is(tmp_path: Path) -> None:
+    unet = tiny.unet()
+    eager = copy.deepcopy(unet)
+    sfast.compile(unet)
+    with torch.no_grad():
+        unet(torch.randn(1, unet.config.in_channels, 16, 16), 1, torch.randn(1, 5, unet.config.cross_attention_dim))
+    assert sfast.report(unet).fusions["linear_together"] > 4
+    unet.save_pretrained(tmp_path)
+    loaded = type(unet).from_pretrained(tmp_path)
+    for name, weight in eager.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert size < 1.1 * sum(w.numel() * 4 for w in eager.parameters()) + 2**17
+    copied = copy.deepcopy(unet)
+    copied.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data.zero_()
+    assert torch.equal(
+        unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight,
+        eager.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight,
+    )
+
+
+def test_adjacency() -> None:
+    a, b = torch.zeros(7, 3).split([3, 4])
+    assert are_adjacent([a, b])
+    assert not are_adjacent([b, a])
+    assert not are_adjacent([a, torch.zeros(4, 3)])
+    assert not are_adjacent([a.t(), b])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_after_a_move(dtype: torch.dtype) -> None:
+    module = Attention(True).eval().requires_grad_(False).cuda().to(dtype)
+    eager = copy.deepcopy(module)
+    sfast.compile(module)
+    x = torch.randn(2, 5, 6, device="cuda", dtype=dtype)
+    torch.testing.assert_close(module(x), eager(x), rtol=3e-2, atol=3e-2)
+    module.cpu()
+    module.cuda()  # apart now
+    torch.testing.assert_close(module(x), eager(x), rtol=3e-2, atol=3e-2)
+    assert are_adjacent([module.q.weight, module.k.weight, module.v.weight])
+    report = sfast.report(module)
+    assert (report.traces, report.graphs, report.fallbacks) == (1, 1, [])
