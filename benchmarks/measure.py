@@ -39,6 +39,7 @@ LADDER: dict[str, dict[str, Any]] = {
         "enable_fused_linear_geglu": False,
         "enable_cnn_optimization": False,
         "enable_native": False,
+        "enable_merged_linears": False,
         "enable_hoisting": False,
         "memory_format": torch.contiguous_format,
     },
@@ -48,6 +49,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "geglu": {"enable_fused_linear_geglu": True},
     "cnn": {"enable_cnn_optimization": True},
     "native": {"enable_native": True},
+    "merged": {"enable_merged_linears": True},
     "hoisting": {"enable_hoisting": True},
 }
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
