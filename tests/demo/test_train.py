@@ -17,6 +17,14 @@ from sfast.demo.models import build_scheduler, build_vae
 from sfast.demo.train import main, standardise
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """Training allows TF32 for the whole process; the tests after it must not notice."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def test_miniature_training_resumes_and_exports(tmp_path, capsys):
     state, package = tmp_path / "state", tmp_path / "package"
 
