@@ -1,18 +1,25 @@
-"""What a compiled module depends on besides its inputs: its weights, its submodules, its mode.
+"""What a compiled module depends on besides its inputs: its weights, its submodules, its attributes, its mode.
 
 A trace takes the weights as inputs, so new values, a new device or a replaced Parameter only change what is passed. A new
 submodule or another attention processor changes the computation itself: then the traces of before are not asked again.
+A number or flag that Python reads from a module (FreeU's factors, the scale of an IP-Adapter) is part of the key.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Hashable
 from itertools import chain
 from typing import Any
 
 import torch
+
+from sfast.structure import PLAIN
+
+MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
+MAX_ATTRIBUTES = 64  # settings of a module's attributes that are told apart; older ones are traced again
 
 
 @dataclasses.dataclass
@@ -21,21 +28,46 @@ class _Tree:
 
     modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
     modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those whose training mode counts
-    places: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # dictionaries of weights and of submodules
+    live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
     contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
-    # Other tensors, and attention processors.
-    attributes: list[tuple[dict[str, Any], str, Any]] = dataclasses.field(default_factory=list)
+    getters: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # of modules' own attributes
+    got: list[Any] = dataclasses.field(default_factory=list)  # what they got
+    sizes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # dictionaries of attributes
+    length: int = 0  # of all of those together
     weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
+    processors: list[Any] = dataclasses.field(default_factory=list)  # of attention; those that are no modules
     hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
+    wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
     adapters: list[Any] = dataclasses.field(default_factory=list)  # layers that choose among adapters in Python (peft)
 
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
-        return (
-            sum(map(len, self.places)) == len(self.contents)
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.places)), self.contents))
-            and all([place.get(name) is value for place, name, value in self.attributes])
+        if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
+            return False
+        try:
+            got = chain.from_iterable([get(place) for get, place in self.getters])
+        except KeyError:
+            return False
+        return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
+            map(operator.is_, got, self.got)
         )
+
+    def watch(self, values: Any) -> None:
+        """Notice from now on what is exchanged in a list or in the values of a dictionary."""
+        self.live.append(values)
+        self.contents += values
+
+    def watch_attributes(self, module: torch.nn.Module) -> None:
+        """Notice from now on what is assigned to attributes of a module."""
+        place = module.__dict__
+        self.sizes.append(place)
+        self.length += len(place)
+        names = [name for name in place if name not in _OF_EVERY_MODULE]
+        if not _WITHOUT_SETTINGS.get(type(module), _NONE).issuperset(names):
+            get = operator.itemgetter("training", *names)
+            self.getters.append((get, place))
+            self.got += get(place)
 
 
 class ModuleState:
@@ -46,11 +78,16 @@ class ModuleState:
         self.version = 0  # grows when a trace of before is no longer right
         self.weights: list[torch.Tensor] = []
         self.pointers: tuple[int, ...] = ()  # where the weights are: a captured graph is right while they stay
+        self._unrest = 0  # how often the forward itself made a new version
+        self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
+        self._numbers: dict[Hashable, int] = {}  # short names for settings of all other attributes
+        self._next_number = itertools.count()
+        self._attributes = 0
         self._reread()
         self._layout = self._describe()
 
     def refresh(self) -> None:
-        """Notice what was replaced or moved since the last call; about 0.1 µs for each weight and submodule."""
+        """Notice what was replaced or moved since the last call; below 1 ms for SDXL's 1,925 modules."""
         if not self._tree.same():
             self._reread()
         else:
@@ -63,9 +100,20 @@ class ModuleState:
             self._layout = layout
             self.version += 1
 
+    def refresh_after_eager(self) -> None:
+        """`refresh`, where it was the module's own forward that changed things: it may, a trace does not depend on it."""
+        version, before, number = self.version, self._tree.attributes, self._attributes
+        self.refresh()
+        self._unrest += self.version != version
+        now = self._tree.attributes
+        own = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+        if own:
+            self._own |= own
+            self._number_attributes(number)
+
     def key(self) -> Hashable:
-        """What a trace must agree on with the module besides the version: which adapters are active, and how strongly."""
-        return self.version, tuple([_adapter_state(layer) for layer in self._tree.adapters])
+        """What a trace must agree on with the module besides the version: attributes, and which adapters are active."""
+        return self.version, self._attributes, tuple([_adapter_state(layer) for layer in self._tree.adapters])
 
     @property
     def device(self) -> torch.device:
@@ -74,12 +122,18 @@ class ModuleState:
 
     def why_eager(self, tensors: list[torch.Tensor]) -> str | None:
         """Why a call with these tensors cannot run compiled as the module is, or None."""
+        if self._tree.wrapped:
+            return f"`{self._tree.wrapped[0]}` is wrapped by hooks that offload it or skip its work, in Python"
         if any(self._tree.hooks) and any(_is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
             return "a submodule has forward hooks, which a compiled graph would not call"
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*tensors, *self.weights)]):
             return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
         if any(map(_TRAINING, self._tree.modal)):
             return "the module is in training mode; call .eval() first"
+        if self._unrest > MAX_UNREST:
+            return "its forward exchanges its own tensors or submodules again and again"
+        if self.device.type == "meta":
+            return "its weights are on the meta device"
         return None
 
     def _reread(self) -> None:
@@ -87,13 +141,22 @@ class ModuleState:
         # Tied weights are one input.
         self.weights = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
         self.pointers = tuple(map(torch.Tensor.data_ptr, self.weights))
+        self._number_attributes()
+
+    def _number_attributes(self, number: int | None = None) -> None:
+        setting = frozenset(item for item in self._tree.attributes.items() if item[0] not in self._own)
+        known = self._numbers.pop(setting, None)
+        if len(self._numbers) >= MAX_ATTRIBUTES:
+            del self._numbers[next(iter(self._numbers))]
+        if number is None:
+            number = next(self._next_number) if known is None else known
+        self._numbers[setting] = self._attributes = number
 
     def _describe(self) -> Hashable:
         """Everything about the tree that a trace bakes in; equal before and after a mere exchange of values."""
         order = {id(tensor): i for i, tensor in enumerate(self.weights)}
         weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in self._tree.weights])
-        processors = [id(value) for _, _, value in self._tree.attributes if not isinstance(value, torch.Tensor)]
-        return weights, tuple([id(module) for module in self._tree.modules]), tuple(processors)
+        return weights, tuple(map(id, self._tree.modules)), tuple(map(id, self._tree.processors))
 
 
 _TRAINING = operator.attrgetter("training")
@@ -101,27 +164,64 @@ _TRAINING = operator.attrgetter("training")
 # diffusers leaves the layers of a loaded LoRA like that.
 _MODAL = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
 
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+_NONE: frozenset[str] = frozenset()
+# What their forwards do not read, in modules of which there are many: looking takes time.
+_WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
+    torch.nn.Linear: frozenset(("in_features", "out_features")),
+    torch.nn.Dropout: frozenset(("p", "inplace")),
+    torch.nn.SiLU: frozenset(("inplace",)),
+}
+_OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
+_OF_ADAPTERS = frozenset(("scaling", "merged_adapters", "_active_adapter", "_disable_adapters"))  # `_adapter_state`
+_WRAPPERS = ("_hf_hook", "_diffusers_hook")
+
 
 def _read(root: torch.nn.Module) -> _Tree:
     tree = _Tree()
+    opened: set[int] = set()
     for path, module in root.named_modules():
         tree.modules.append(module)
         if module is root or isinstance(module, _MODAL):
             tree.modal.append(module)
         for place in (module._parameters, module._buffers, module._modules):
             if place:
-                tree.places.append(place)
-                tree.contents += place.values()
-        for place in (module._parameters, module._buffers, module.__dict__):
+                tree.watch(place.values())
+        tree.watch_attributes(module)
+        for place in (module._parameters, module._buffers):
             tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
         for name, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor) or name == "processor":
-                tree.attributes.append((module.__dict__, name, value))
+            if name in _OF_EVERY_MODULE or name in (_OF_THE_ROOT if module is root else _OF_ADAPTERS):
+                continue
+            if name == "processor":
+                tree.processors.append(value)
+            if name in ("processor", "config") and hasattr(value, "__dict__") and id(value) not in opened:
+                opened.add(id(value))
+                value = vars(value)
+            _read_attribute(tree, f"{path}.{name}", value)
         if module is not root:
             tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
         if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
             tree.adapters.append(module)
     return tree
+
+
+def _read_attribute(tree: _Tree, path: str, value: Any, depth: int = 3) -> None:
+    if isinstance(value, torch.Tensor):
+        tree.weights.append((path, value))
+    elif isinstance(value, PLAIN):
+        tree.attributes[path] = type(value), value  # 1, 1.0 and True are equal in Python
+    elif isinstance(value, torch.nn.Module):
+        tree.modules.append(value)  # one that is not registered
+    elif depth and isinstance(value, (list, tuple, dict)):
+        tree.attributes[path] = type(value), len(value)
+        if not isinstance(value, tuple):
+            tree.watch(value.values() if isinstance(value, dict) else value)
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _read_attribute(tree, f"{path}.{name}", item, depth - 1)
+    else:
+        tree.attributes[path] = (type(value),)
 
 
 def _is_foreign(hook: Any) -> bool:

@@ -19,7 +19,7 @@ class UnsupportedStructure(TypeError):
     """An argument or result holds an object that cannot be taken apart and put together again."""
 
 
-_PLAIN = (
+PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout,
     enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
 )  # fmt: skip
@@ -37,7 +37,7 @@ def flatten(value: Any, tensors: list[torch.Tensor]) -> Hashable:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return TENSOR
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         # 1, 1.0 and True are equal in Python but not for a model.
         return ("plain", type(value), value)
     kind = type(value)

@@ -47,7 +47,7 @@ class Check:
             self._structure = flatten(self.expected, self._tensors)
         except UnsupportedStructure as error:
             self.refused = f"its result cannot be rebuilt: {error}"
-        state.refresh()  # a module may fill caches during its first call
+        state.refresh_after_eager()
 
     def rewind(self) -> None:
         """Before each attempt: the random numbers that eager started with."""

@@ -118,6 +118,35 @@ def test_weights_edited_moved_and_replaced(net: Net) -> None:
     agree(compiled(x.double()), type(net).forward(net, x.double()))
 
 
+def test_an_attribute_set_later_is_obeyed(net: Net) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scales, self.calls = net, [1.0], 0
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            self.calls += 1  # its own doing makes no new trace
+            return {"y": self.net(x)["y"] * self.scales[0]}
+
+    compiled = sfast.compile(Scaled().eval())
+    x = torch.randn(2, 6)
+    for scale in (1.0, 0.5, 1.0, 0.25):
+        compiled.scales[0] = scale
+        agree(compiled(x), {"y": net(x)["y"] * scale})
+    assert sfast.report(compiled).traces == 3
+    assert sfast.report(compiled).fallbacks == []
+
+
+def test_offloaded_piece_by_piece_stays_eager(net: Net) -> None:
+    from accelerate import cpu_offload
+
+    eager = copy.deepcopy(net)
+    sfast.compile(cpu_offload(net, execution_device=torch.device("cpu")))
+    x = torch.randn(2, 6)
+    agree(net(x), eager(x))
+    assert "wrapped by hooks" in sfast.report(net).fallbacks[0][1]
+
+
 def test_gradients_wanted_run_eager_with_one_line(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     net.requires_grad_(True)
     sfast.compile(net)

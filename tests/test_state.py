@@ -1,5 +1,7 @@
 """A module's state notices every exchange, and only a change of the computation makes a new version."""
 
+import types
+
 import torch
 from torch import nn
 
@@ -69,6 +71,66 @@ def test_processor_swap_makes_a_new_version() -> None:
     assert state.key() != key
 
 
+def test_an_attribute_that_python_reads_is_part_of_the_key() -> None:
+    changes = [
+        lambda m: setattr(m[1], "factor", 2.0),
+        lambda m: m[1].scales.__setitem__(0, 0.5),  # as `set_ip_adapter_scale` does
+        lambda m: m[1].options.update(flag=True),
+        lambda m: setattr(m[1].config, "output_hidden_states", True),
+        lambda m: setattr(m[0].processor, "scale", 1),
+        lambda m: setattr(m[2], "new", "attribute"),
+        lambda m: delattr(m[1], "factor"),
+    ]
+    for i, change in enumerate(changes):
+        module, _ = _state()
+        module[1].factor, module[1].scales, module[1].options = 1.0, [1.0, [2]], {"flag": False}
+        module[1].config, module[0].processor = types.SimpleNamespace(a=1), types.SimpleNamespace(scale=1.0)
+        state = ModuleState(module)
+        first = state.key()
+        change(module)
+        state.refresh()
+        second = state.key()
+        assert second != first and state.version == 0, f"change {i}"
+        module[1].factor = 5.0
+        state.refresh()
+        assert state.key() not in (first, second)
+    module[1].factor = 1.0
+    state.refresh()
+    assert state.key() == first  # what was traced for it serves again
+
+
+def test_what_the_forward_itself_changes_is_not_part_of_the_key() -> None:
+    module, _ = _state()
+    module[1].calls = 0
+    state = ModuleState(module)
+    module[1].calls += 1
+    state.refresh_after_eager()
+    key = state.key()
+    module[1].calls += 1
+    state.refresh()
+    assert state.key() == key
+
+
+def test_a_forward_that_never_settles_stays_eager() -> None:
+    module, state = _state()
+    module.requires_grad_(False)
+    module.history = []
+    for _ in range(10):
+        assert state.why_eager([]) is None
+        module.history.append(torch.ones(1))
+        state.refresh_after_eager()
+        if state.why_eager([]) is not None:
+            break
+    assert "again and again" in str(state.why_eager([]))
+
+
+def test_tensors_in_lists_are_weights() -> None:
+    module, _ = _state()
+    table = torch.ones(2)
+    module[1].tables = {"a": [table]}
+    assert any(weight is table for weight in ModuleState(module).weights)
+
+
 def test_tied_weights_are_one_input() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
@@ -87,5 +149,10 @@ def test_reasons_to_stay_eager() -> None:
     module.requires_grad_(False)
     assert state.why_eager([x]) is None
     assert "gradients" in str(state.why_eager([x.clone().requires_grad_()]))
+    module[1]._hf_hook = object()
+    state.refresh()
+    assert "`1` is wrapped" in str(state.why_eager([x]))
+    del module[1]._hf_hook
+    state.refresh()
     module[2].train()
     assert "training" in str(state.why_eager([x]))
