@@ -143,7 +143,9 @@ class Component:
         plan = self._plans.get((signature, shapes))
         if plan is None:
             with self._lock:
-                return self._prepare(signature, shapes, call, tensors, args, kwargs)
+                plan = self._plans.get((signature, shapes))  # another thread may have been first
+                if plan is None:
+                    return self._prepare(signature, shapes, call, tensors, args, kwargs)
         if plan.call is None:
             return self.eager(*args, **kwargs)
         return plan.call.unflatten(self._run(plan, tensors))
@@ -159,7 +161,8 @@ class Component:
             with self._lock:
                 self._capture(plan, tensors)
             runner = plan.runner
-        outputs = runner(tensors) if runner is not None else plan.call.run(self.state.weights, tensors)
+        replayed = runner(tensors) if runner is not None else None
+        outputs = replayed if replayed is not None else plan.call.run(self.state.weights, tensors)
         if plan.watch is not None:
             self._look_for_a_loop(plan, plan.watch, tensors, outputs)
         return outputs
@@ -181,8 +184,8 @@ class Component:
             result = self._run_loop(plan, loop, tensors)
             if result is None:
                 return
-            worst = max(verify.relative_error(a, b) - verify.tolerance(b) for a, b in zip(result, outputs, strict=True))
-            if self.config.verify and not worst <= 0:
+            pairs = zip(result, outputs, strict=True) if self.config.verify else ()
+            if not all(verify.relative_error(mine, whole) <= verify.tolerance(whole) for mine, whole in pairs):
                 loop.release()
                 self._note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
                 return

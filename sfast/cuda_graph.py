@@ -50,7 +50,7 @@ class GraphRunner:
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
 
-    def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
         return self.pool.replay(self, tensors)
 
     def release(self) -> None:
@@ -146,13 +146,17 @@ class GraphPool:
 
     # -------------------------------------------------------------------------------------------------------- replay
 
-    def replay(self, runner: GraphRunner, tensors: list[torch.Tensor], copies: bool = True) -> list[torch.Tensor]:
+    def replay(
+        self, runner: GraphRunner, tensors: list[torch.Tensor], copies: bool = True
+    ) -> list[torch.Tensor] | None:
         """Run one captured graph on the current stream; graphs of the pool never overlap.
 
-        Returns copies of its outputs, or with `copies=False` the outputs themselves, which the next replay overwrites.
+        Returns copies of its outputs, or with `copies=False` the outputs themselves, which the next replay overwrites;
+        None if the graph has been released, perhaps by another thread just now.
         """
         with self._lock, torch.cuda.device(self.device), torch.no_grad():
-            assert runner.graph is not None, "a released graph cannot be replayed"
+            if runner.graph is None:
+                return None
             stream = torch.cuda.current_stream(self.device)
             if self._last_stream is not None and self._last_stream != stream:
                 stream.wait_stream(self._last_stream)

@@ -7,6 +7,7 @@ has a new version or address; each of them runs the prologue again.
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import torch
@@ -56,11 +57,18 @@ class Loop:
         self._hoisted: list[torch.Tensor] = []
         self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
         self._pointers: tuple[int, ...] = ()
+        self._lock = threading.RLock()
 
     def __call__(
         self, weights: list[torch.Tensor], pointers: tuple[int, ...], tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The flat output tensors; `pointers` are the addresses of the weights."""
+        with self._lock:  # another thread's prompt must not come between prologue and body
+            return self._run(weights, pointers, tensors)
+
+    def _run(
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         self.calls += 1
         if self._pool is not None and (self._dropped() or pointers != self._pointers):
             self._capture(self._pool, weights, tensors)
@@ -77,7 +85,10 @@ class Loop:
         if self._body is None:
             return self.split.body(weights, tensors, self._hoisted)
         stable = set(self._stable)
-        return self._body([tensor for i, tensor in enumerate(tensors) if i not in stable])
+        outputs = self._body([tensor for i, tensor in enumerate(tensors) if i not in stable])
+        if outputs is None:
+            raise RuntimeError("its graph was released while it was used")
+        return outputs
 
     def wasted(self) -> bool:
         """Whether what seemed to stay the same changes about as often as it is used."""
@@ -85,11 +96,12 @@ class Loop:
 
     def release(self) -> None:
         """Give the graphs up."""
-        for runner in (self._prologue, self._body):
-            if runner is not None:
-                runner.pool.drop(runner)
-        self._prologue = self._body = None
-        self._hoisted, self._read = [], []
+        with self._lock:
+            for runner in (self._prologue, self._body):
+                if runner is not None:
+                    runner.pool.drop(runner)
+            self._prologue = self._body = None
+            self._hoisted, self._read = [], []
 
     def graphs(self) -> int:
         """How many captured graphs there are."""

@@ -1,6 +1,7 @@
 """What the prompt decides is computed once, and again whenever anything it depends on has changed."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_parts_that_disagree_with_the_whole_are_not_used(
         agree(compiled(x, t, prompt), eager(x, t, prompt))
     assert loop_of(compiled) is None
     assert "the parts disagree with the whole" in sfast.report(compiled).fallbacks[0][1]
+
+
+def test_two_threads_with_a_prompt_each(pair: tuple[Step, Step]) -> None:
+    eager, compiled = pair
+    prompts = [torch.randn(2, 3, 6) for _ in range(2)]
+    for x, t in steps(4):
+        compiled(x, t, prompts[0])
+    assert loop_of(compiled) is not None
+    failed: list[float] = []
+
+    def work(prompt: Tensor) -> None:
+        for x, t in steps(100):
+            failed.extend([] if torch.allclose(compiled(x, t, prompt), eager(x, t, prompt), atol=1e-5) else [1.0])
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
 
 
 def test_watch_tells_by_object_and_version() -> None:
