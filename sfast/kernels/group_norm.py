@@ -80,7 +80,7 @@ def _launch(
     flags |= (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
-    shift = x if shift is None else shift.flatten(2).expand(N, C, T).transpose(1, 2).contiguous()  # [N, T, C]
+    shift, shift_stride = _rows(x, None if shift is None else shift.flatten(2).expand(N, C, T).transpose(1, 2))
     options = launch_options(x.device)
 
     PER_GROUP = C // G
@@ -88,7 +88,7 @@ def _launch(
     if T == 1 and ROWS * CHANNELS <= IN_REGISTERS:
         shape = {"PER_GROUP": PER_GROUP, "ROWS": ROWS, "CHANNELS": CHANNELS}
         warps = max(1, min(16, ROWS * CHANNELS // 512))
-        strides = view.row_stride, view.channel_stride
+        strides = view.row_stride, view.channel_stride, shift_stride
         whole_group[G, N](x, y, shift, weight, bias, S, C, *strides, eps, flags, **shape, **options, num_warps=warps)
         return y
 
@@ -101,11 +101,21 @@ def _launch(
     table = x.new_empty(3, N, T, C, dtype=torch.float32)
     moments[blocks * T * parts, N](x, partial, S, C, *view, part_rows, parts, **tile, **options)
     sizes = {"ENTRIES": 1024, "CHANNELS": 128}
-    merge[G, N](partial, table, shift, weight, bias, S, C, T, part_rows, parts, eps, flags, **sizes, **options)
+    numbers = S, C, T, part_rows, parts, shift_stride, eps, flags
+    merge[G, N](partial, table, shift, weight, bias, *numbers, **sizes, **options)
     rows = tile["ROWS"] * _tiles_per_program(S, tile["ROWS"], N * T * blocks, x.device)
     pieces = triton.cdiv(S, rows)
     apply[blocks * T * pieces, N](x, y, table, S, C, *view, rows, pieces, flags, **tile, **options)
     return y
+
+
+def _rows(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int]:
+    """A shift [N, T, C] whose samples are dense, and the stride from one to the next: a slice of a wider row will do."""
+    if shift is None:
+        return x, 0  # not read
+    if shift.shape[1] > 1 or shift.stride(2) != 1:
+        shift = shift.contiguous()
+    return shift, shift.stride(0)
 
 
 class View(NamedTuple):

@@ -12,7 +12,7 @@ from sfast.kernels.triton_or_none import tl, triton
 SILU, SHIFT, WEIGHT, BIAS = 1, 2, 4, 8  # bits of `flags`; a run-time value, so that all variants share one compilation
 
 
-@triton.jit(do_not_specialize=["S", "flags"])
+@triton.jit(do_not_specialize=["S", "shift_stride", "flags"])
 def whole_group(
     x: tl.tensor,
     y: tl.tensor,
@@ -23,6 +23,7 @@ def whole_group(
     C: tl.tensor,
     row_stride: tl.tensor,
     channel_stride: tl.tensor,
+    shift_stride: tl.tensor,
     eps: tl.tensor,
     flags: tl.tensor,
     PER_GROUP: tl.constexpr,
@@ -40,7 +41,7 @@ def whole_group(
     wait_for_previous_kernel(OVERLAP)
     v = tl.load(x + n * S * C + offset, mask=mask, other=0).to(tl.float32)
     shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
-    v += tl.load(shift + n * C + channel, mask=lane < PER_GROUP * shifted, other=0).to(tl.float32)[None, :]
+    v += tl.load(shift + n * shift_stride + channel, mask=lane < PER_GROUP * shifted, other=0).to(tl.float32)[None, :]
     w = tl.load(weight + channel, mask=lane < PER_GROUP * weighted, other=0).to(tl.float32) + (1 - weighted)
     b = tl.load(bias + channel, mask=lane < PER_GROUP * biased, other=0).to(tl.float32)
 
@@ -97,7 +98,7 @@ def moments(
     tl.store(to + tl.num_programs(1) * T * parts * C, sum2 - sum1 * sum1 / count, mask=live)
 
 
-@triton.jit(do_not_specialize=["S", "T", "part_rows", "parts", "flags"])
+@triton.jit(do_not_specialize=["S", "T", "part_rows", "parts", "shift_stride", "flags"])
 def merge(
     moments: tl.tensor,
     table: tl.tensor,
@@ -109,6 +110,7 @@ def merge(
     T: tl.tensor,
     part_rows: tl.tensor,
     parts: tl.tensor,
+    shift_stride: tl.tensor,
     eps: tl.tensor,
     flags: tl.tensor,
     ENTRIES: tl.constexpr,
@@ -121,7 +123,7 @@ def merge(
     first = group * per_group  # of the group's channels
     means = moments + n * T * parts * C + first
     m2s = means + tl.num_programs(1) * T * parts * C
-    shifts = shift + n * T * C + first
+    shifts = shift + n * shift_stride + first
     shifted, weighted, biased = flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1
     entry, lane = tl.arange(0, ENTRIES), tl.arange(0, CHANNELS)
     entries = T * parts * per_group

@@ -67,6 +67,14 @@ def test_shift(shift_shape, last, device) -> None:
     assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
 
 
+@pytest.mark.parametrize("size", [(9, 11), (64, 80)], ids=["whole groups", "tiles"])
+def test_a_shift_that_is_part_of_a_wider_row(size, device) -> None:
+    x, weight, bias = make((3, 20, *size), torch.float32, device, True)
+    shift = torch.randn(3, 70, device=device)[:, 25:45, None, None]
+    inputs = (x, shift, 2, weight, bias, 1e-5)
+    assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
 @pytest.mark.parametrize("order", ["N T H W C", "N C T H W", "N T C H W"])
 @pytest.mark.parametrize("frames", [3, 1])
 def test_a_shift_for_each_frame_of_a_video(frames, order, device, runs_kernel) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED or MISSING is not None, reason="need
 N, C, S = 2, 320, 4096
 HALF, FLOAT = "*fp16", "*fp32"
 VIEW = {"T": 1, "frame_stride": S * C, "row_stride": C, "channel_stride": 1}
-AFFINE = {"shift": HALF, "weight": HALF, "bias": HALF, "eps": 1e-5, "flags": 1}
+AFFINE = {"shift": HALF, "shift_stride": C, "weight": HALF, "bias": HALF, "eps": 1e-5, "flags": 1}
 
 
 def ptx(kernel: Any, warps: int, **arguments: Any) -> str:
