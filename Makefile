@@ -50,8 +50,8 @@ doctor: $(STAMP) ## What is installed, what is missing, and the command that add
 wheel: $(STAMP) ## Build dist/*.whl, with the native ops where a CUDA toolkit and a CUDA torch are there
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
-clean: ## Remove what was built and drawn (not .venv)
-	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache sfast/*.so
+clean: ## Remove what was built and drawn (.venv stays; the next call installs into it anew)
+	rm -rf $(STAMP) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache sfast/*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch goes first: the build of the native ops asks the torch that is there, so the last install is not isolated.
