@@ -17,7 +17,9 @@ def section(title):
 
 def rows(text):
     """First and second cell of each row of a table."""
-    return dict(re.findall(r"^\| `([^`|]+)` \| (.+?) \|", text, re.MULTILINE))
+    found = re.findall(r"^\| `([^`|]+)` \| (.+?) \|", text, re.MULTILINE)
+    assert len(found) == len(dict(found)), "a row stands there twice"
+    return dict(found)
 
 
 def test_every_option_is_listed_with_its_default():
