@@ -15,7 +15,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 VARIANTS = ("eager", "compile-reduce-overhead", "sfast")
 
 Row = dict[str, str]
-NONE_YET = "No run has been recorded in `benchmarks/results.csv` yet."
+NONE_YET = "No run of sfast has been recorded in `benchmarks/results.csv` yet."
 HEADER = (
     "| model | size, batch | eager | torch.compile | sfast | against eager / compile "
     "| first call: compile / sfast | peak memory: eager / sfast | error: eager / sfast |\n"
