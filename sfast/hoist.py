@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sfast.rewrite import writes
+
 # Nothing less is worth a graph of its own.
 WORTHWHILE = frozenset(
     ("aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::matmul", "aten::bmm", "aten::embedding")
@@ -30,7 +32,7 @@ def split(graph: Any, weights: int, stable: frozenset[int], clean: Callable[[Any
         writes in place, because a write might reach a value that is kept.
     """
     nodes = list(graph.nodes())
-    if any(_writes(node) for node in nodes):
+    if any(writes(node) for node in nodes):
         return None
     early = _early(graph, nodes, weights, stable)
     frontier = _frontier(graph, nodes, early)
@@ -112,11 +114,6 @@ def _body(graph: Any, places: list[tuple[int, int]], clean: Callable[[Any], None
 
 def _is_worthwhile(node: Any) -> bool:
     return node.kind() in WORTHWHILE or node.kind().startswith("sfast::")
-
-
-def _writes(node: Any) -> bool:
-    kind = node.kind()
-    return kind.startswith("aten::") and kind.endswith("_") and not kind.endswith("__")
 
 
 def _id(node: Any, output: int) -> int:

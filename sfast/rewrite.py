@@ -32,10 +32,16 @@ class Fusion:
 
 
 def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
-    """Normalize `graph`, apply every fusion wherever it matches, in order, and return how often each one fired."""
-    normalize(graph)
-    unsafe = _written_values(graph)
-    fired = Counter({fusion.name: fuse(graph, fusion, unsafe) for fusion in fusions})
+    """Normalize `graph`, apply every fusion wherever it matches, in order, and return how often each one fired.
+
+    Without fusions the graph stays as it was traced: what is left when a rewritten one fails.
+    """
+    fired: Counter[str] = Counter()
+    if fusions:
+        normalize(graph)
+        unsafe = _written_values(graph)
+        fired.update({fusion.name: fuse(graph, fusion, unsafe) for fusion in fusions})
+        _renew_constant_results(graph)
     torch._C._jit_pass_dce(graph)
     torch._C._jit_pass_lint(graph)
     return +fired
@@ -69,7 +75,7 @@ _WHOLE = 2**63 - 1  # the end of `x[:]`
 
 def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None) -> None:
     """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
-    writes = any(_writes(node) for node in graph.nodes())  # then `x / 1` may be a copy that is written to
+    written_to = any(writes(node) for node in graph.nodes())  # then `x / 1` may be a copy that is written to
     for node in list(graph.nodes()):
         kind = node.kind()
         if kind not in _IDENTITIES:
@@ -79,11 +85,11 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         if kind == "aten::slice":
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
         elif kind in ("aten::div", "aten::mul"):
-            harmless = same_dtype is not None and same_dtype(node) and not writes
+            harmless = same_dtype is not None and same_dtype(node) and not written_to and _any_layout_will_do(node)
             identity = len(inputs) == 2 and _is_one(constants[1]) and harmless
         else:
             identity = constants[2] is False
-        if identity and not _returned(graph, node):
+        if identity:
             node.output().replaceAllUsesWith(inputs[0])
             node.destroy()
 
@@ -96,12 +102,6 @@ def _keeps_dtype(node: Any) -> bool:
     before, after = next(node.inputs()).type(), node.output().type()
     known = before.kind() == after.kind() == "TensorType" and before.dtype() is not None
     return known and before.dtype() == after.dtype()
-
-
-def _returned(graph: Any, node: Any) -> bool:
-    # An output of the graph must stay a value of its own, or it would be the caller's input.
-    ids = {value.unique() for value in graph.outputs()}
-    return any(value.unique() in ids for value in node.outputs())
 
 
 def _simplify_sizes(graph: Any) -> None:
@@ -136,22 +136,26 @@ def _name_convolutions(graph: Any) -> None:
 _READ_ANY_LAYOUT = frozenset(
     f"aten::{name}"
     for name in (
-        *("conv1d", "conv2d", "conv3d", "linear", "group_norm", "layer_norm", "cat", "add", "sub", "mul", "div"),
-        *("silu", "gelu", "relu", "sigmoid", "tanh", "upsample_nearest2d", "upsample_nearest3d", "size"),
+        *("conv1d", "conv2d", "conv3d", "_convolution", "linear", "group_norm", "layer_norm", "cat", "add", "sub"),
+        *("mul", "div", "silu", "gelu", "relu", "sigmoid", "tanh", "upsample_nearest2d", "upsample_nearest3d", "size"),
     )
 )
 
 
 def _drop_layout_copies(graph: Any) -> None:
     """Remove `x.contiguous()` where every reader takes any layout: with channels-last it would only undo what conv wants."""
-    if any(_writes(node) for node in graph.nodes()):
+    if any(writes(node) for node in graph.nodes()):
         return  # then a copy may be there to be written to
     for node in list(graph.nodes()):
-        if node.kind() == "aten::contiguous" and not _returned(graph, node):
-            readers = [use.user for use in node.output().uses()]
-            if all(reader.kind() in _READ_ANY_LAYOUT or _only_concatenated(reader) for reader in readers):
-                node.output().replaceAllUsesWith(node.inputsAt(0))
-                node.destroy()
+        if node.kind() == "aten::contiguous" and _any_layout_will_do(node):
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
+
+
+def _any_layout_will_do(node: Any) -> bool:
+    """Whether every reader of a copy may as well read what was copied, whatever its strides."""
+    readers = [use.user for use in node.output().uses()]
+    return all(reader.kind() in _READ_ANY_LAYOUT or _only_concatenated(reader) for reader in readers)
 
 
 def _only_concatenated(node: Any) -> bool:
@@ -166,6 +170,18 @@ def _constants_first(graph: Any) -> None:
     for node in nodes if first is not None else ():
         if node.kind() == "prim::Constant":
             node.moveBefore(first)
+
+
+def _renew_constant_results(graph: Any) -> None:
+    """A result that does not depend on the inputs became a constant; the caller may write to what it gets."""
+    for place, result in enumerate(list(graph.outputs())):
+        source = result.node()
+        while _may_alias(source) and source.inputsSize():
+            source = source.inputsAt(0).node()
+        if source.kind() == "prim::Constant":
+            renewed = graph.create("aten::clone", [result, graph.insertConstant(None)], 1)
+            graph.appendNode(renewed)
+            graph.return_node().replaceInput(place, renewed.output())
 
 
 def drop_unused_inputs(graph: Any, count: int) -> list[int]:
@@ -298,8 +314,9 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     arguments = [match[key] for key in pattern.arguments]
     results = [match[key] for key in _ids(pattern.outputs)]
     inner = [value for key, value in match.items() if key not in pattern.argument_ids]
-    nodes = _in_order({value.unique(): value.node() for value in inner})
-    if _read_outside(inner, results, nodes) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
+    distinct = {_id(value.node()): value.node() for value in inner}
+    nodes = sorted(distinct.values(), key=functools.cmp_to_key(_before))
+    if _read_outside(nodes, results) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
     place = _place(nodes, arguments, results)
     if place is None:
@@ -313,34 +330,18 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     return True
 
 
-def _in_order(nodes: dict[int, Any]) -> list[Any]:
-    ordered: list[Any] = []
-    for node in nodes.values():
-        if not any(_same(node, other) for other in ordered):
-            ordered.append(node)
-    ordered.sort(key=functools.cmp_to_key(_before))
-    return ordered
-
-
 def _before(a: Any, b: Any) -> int:
     return -1 if a.isBefore(b) else 1
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a.outputsSize() == b.outputsSize() and a.outputsAt(0).unique() == b.outputsAt(0).unique()
+def _id(node: Any) -> int:
+    return node.outputsAt(0).unique() if node.outputsSize() else -1
 
 
-def _read_outside(inner: list[Any], results: list[Any], nodes: list[Any]) -> bool:
-    allowed = set(_ids(results))
-    values = {output.unique(): output for node in nodes for output in node.outputs()}
-    for key, value in values.items():
-        if key in allowed:
-            continue
-        for use in value.uses():
-            user = use.user
-            if user.outputsSize() == 0 or not any(_same(user, node) for node in nodes):
-                return True
-    return False
+def _read_outside(nodes: list[Any], results: list[Any]) -> bool:
+    own, allowed = {_id(node) for node in nodes}, set(_ids(results))
+    inner = [value for node in nodes for value in node.outputs() if value.unique() not in allowed]
+    return any(_id(use.user) not in own for value in inner for use in value.uses())
 
 
 def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
@@ -355,8 +356,8 @@ def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | 
 
 
 def _written_values(graph: Any) -> frozenset[int]:
-    """Ids of all values that may share memory with one that an operator writes to (its name ends in `_`)."""
-    if not any(_writes(node) for node in graph.nodes()):
+    """Ids of all values that may share memory with one that an operator writes to."""
+    if not any(writes(node) for node in graph.nodes()):
         return frozenset()
     leader: dict[int, int] = {}
 
@@ -367,9 +368,9 @@ def _written_values(graph: Any) -> frozenset[int]:
 
     written = []
     for node in graph.nodes():
-        if _writes(node):
+        if writes(node):
             written.append(next(node.inputs()).unique())
-        if _writes(node) or _may_alias(node):
+        if writes(node) or _may_alias(node):
             together = [v.unique() for v in (*node.inputs(), *node.outputs()) if "Tensor" in str(v.type())]
             for other in together[1:]:
                 leader[find(other)] = find(together[0])
@@ -378,9 +379,9 @@ def _written_values(graph: Any) -> frozenset[int]:
     return frozenset(key for key in values if find(key) in roots) if roots else frozenset()
 
 
-def _writes(node: Any) -> bool:
-    kind = node.kind()
-    return kind.startswith("aten::") and kind.endswith("_") and not kind.endswith("__")
+def writes(node: Any) -> bool:
+    """Whether an operator writes to one of its inputs: in place, or because it was given `out=`."""
+    return "!" in node.schema()
 
 
 def _may_alias(node: Any) -> bool:

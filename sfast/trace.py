@@ -167,6 +167,15 @@ class _Repairs(TorchFunctionMode):
             torch.Tensor.__index__,
             torch.Tensor.item,
             torch.Tensor.tolist,
+            torch.Tensor.numpy,
+            torch.Tensor.__array__,
+            torch.Tensor.__contains__,
+            torch.Tensor.equal,
+            torch.Tensor.allclose,
+            torch.Tensor.is_nonzero,
+            torch.equal,
+            torch.allclose,
+            torch.is_nonzero,
         )
     )
 
@@ -179,7 +188,9 @@ class _Repairs(TorchFunctionMode):
             return args[0].detach()
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
-        if func in self._CONVERSIONS and _depends_on_values(torch._C._get_value_trace(args[0])):
+        if func in self._CONVERSIONS and any(
+            _depends_on_values(torch._C._get_value_trace(arg)) for arg in args if isinstance(arg, torch.Tensor)
+        ):
             raise DecidesByValue(f"it decides in Python by the value of a tensor, {_where()}")
         return func(*args, **(kwargs or {}))
 

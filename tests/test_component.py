@@ -384,6 +384,22 @@ def test_an_operator_that_computes_wrong_is_caught(
     assert "a fused graph disagreed with eager at 2x6" in caplog.text
 
 
+def test_a_rewritten_graph_that_fails_leaves_the_traced_one() -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x.t().contiguous()).view(-1) * self.weight  # needs the copy that silu alone does not
+
+    compiled = sfast.compile(Strided().eval())
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        assert torch.equal(compiled(x), Strided.forward(compiled, x))
+    assert sfast.report(compiled).traces == 1
+
+
 def test_a_graph_that_is_always_wrong_falls_back_with_shape_and_error(
     net: Net, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:

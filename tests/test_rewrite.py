@@ -90,6 +90,31 @@ def test_a_value_written_in_place_refuses() -> None:
     torch.testing.assert_close(traced.run([], [again])[0], forward(again), rtol=0, atol=0)
 
 
+def test_a_value_written_by_out_refuses() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        view = y.view(-1, 8)
+        middle = F.linear(view, W, B)
+        torch.mul(x, 3, out=y)
+        return F.silu(middle) + view
+
+    traced = fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU])
+    assert traced.fusions == {}
+
+
+def test_results_are_the_callers_to_write_to() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        return x / 1.0, torch.arange(4)[1:].float(), torch.zeros(2)
+
+    traced = fused(forward, torch.ones(3), fusions=[LINEAR_SILU])
+    x = torch.ones(3)
+    for _ in range(2):
+        for result, expected in zip(traced.run([], [x]), forward(x), strict=True):
+            assert torch.equal(result, expected)
+            result.add_(1)
+    assert torch.equal(x, torch.ones(3))
+
+
 def test_none_matches_an_optional_argument_only() -> None:
     def forward(x: Tensor) -> Tensor:
         return F.silu(F.group_norm(x, 4, None, None)) + F.silu(F.linear(x, W, None))
@@ -121,7 +146,8 @@ def _kinds(forward: Callable[..., Any], *args: Tensor) -> list[str]:
     [
         (lambda x: F.dropout(x, 0.5, training=False) * 2, ["aten::mul"]),
         (lambda x: x[:, :].sin(), ["aten::sin"]),
-        (lambda x: (x / 1.0).sin(), ["aten::sin"]),
+        (lambda x: (x / 1.0).tanh(), ["aten::tanh"]),
+        (lambda x: (x / 1.0).view(-1).sin(), ["aten::div", "aten::view", "aten::sin"]),
         (lambda x: (x / 2.0).sin(), ["aten::div", "aten::sin"]),
         (lambda x: F.conv2d(x.view(1, 1, 3, 4), KERNEL).sin(), ["aten::view", "aten::conv2d", "aten::sin"]),
         (lambda x: x.t().contiguous().add(1).sin(), ["aten::t", "aten::add", "aten::sin"]),

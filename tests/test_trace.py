@@ -110,6 +110,16 @@ def test_decision_by_value_is_refused_with_its_line(decide: Callable[[Tensor], A
     assert not is_tracing()
 
 
+@pytest.mark.parametrize(
+    "decide",
+    [lambda x: torch.equal(x, x * 2), lambda x: 0.0 in x, lambda x: x.allclose(x), lambda x: x.numpy().any()],
+    ids=["equal", "in", "allclose", "numpy"],
+)
+def test_decision_by_comparison_is_refused(decide: Callable[[Tensor], bool]) -> None:
+    with pytest.raises(DecidesByValue):
+        _trace(lambda x: x + 1 if decide(x * 2) else x, torch.randn(3))
+
+
 def test_decision_by_size_is_allowed() -> None:
     def forward(x: Tensor) -> Tensor:
         return x + 1 if x.shape[0] > 2 else x - 1
