@@ -153,7 +153,8 @@ class Component:
     def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         assert plan.call is not None
         if plan.loop is not None:
-            outputs = self._run_loop(plan, plan.loop, tensors)
+            with self._lock:  # between prologue and body no other thread may bring another prompt
+                outputs = self._run_loop(plan, plan.loop, tensors) if plan.loop is not None else None
             if outputs is not None:
                 return outputs
         runner = plan.runner
@@ -253,10 +254,12 @@ class Component:
             try:
                 traced = candidate()
                 self._pack(traced)
-                if check is not None:
-                    check.rewind()
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
                 plan.watch = Watch() if self.config.enable_hoisting and len(tensors) > 1 else None
+                if plan.capture:
+                    self._capture(plan, tensors)
+                if check is not None:
+                    check.rewind()  # tracing and warming up have drawn random numbers, too
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
             except Exception as exception:
@@ -280,12 +283,12 @@ class Component:
         self, signature: Hashable, call: Hashable, tensors: list[torch.Tensor]
     ) -> list[Callable[[], Trace | EagerCall]]:
         """Ways to compute this call, best first: a trace that served another shape, a new one, one without fusions."""
+        if not self.config.enable_jit:
+            return [functools.partial(EagerCall, self.eager, call)]
         weights = self.state.weights
         known: list[Callable[[], Trace | EagerCall]] = [
             functools.partial(_same, traced) for traced in reversed(self._traces.get(signature, []))
         ]
-        if not self.config.enable_jit:
-            return known or [functools.partial(EagerCall, self.eager, call)]
         if sum(map(len, self._traces.values())) >= MAX_TRACES:
             self._note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
             return known
@@ -293,14 +296,16 @@ class Component:
         def plain() -> Trace:
             with fallback.timed(f"{self.name}: tracing without fusions"):
                 traced = trace(self.eager, weights, call, tensors, [])
-            self._note(f"a fused graph disagreed with eager at {describe_shapes(tensors)}: fusions are off for it")
+            self._note(
+                f"a rewritten graph failed or disagreed with eager at {describe_shapes(tensors)}: fusions are off for it"
+            )
             return traced
 
         def fused() -> Trace:
             with fallback.timed(f"{self.name}: tracing and rewriting"):
                 return trace(self.eager, weights, call, tensors, self.fusions, self.config.enable_merged_linears)
 
-        return [*known, fused, plain] if self.config.verify else [*known, fused]
+        return [*known, fused, plain]
 
     def _give_up(
         self, signature: Hashable, shapes: Hashable, why: str, check: verify.Check | None, args: Any, kwargs: Any
@@ -361,10 +366,10 @@ class Component:
 
 
 def component_of(module: torch.nn.Module) -> Component | None:
-    """The component installed on a module, also underneath another library's wrapper."""
+    """The component at work on a module, also underneath another library's wrapper."""
     for name in ("forward", "_old_forward"):
         found = module.__dict__.get(name)
-        if isinstance(found, Component):
+        if isinstance(found, Component) and found._active:
             return found
     return None
 

@@ -119,10 +119,10 @@ class GraphPool:
                 try:
                     graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
                     runner.outputs = function(runner.inputs)
+                    graph.capture_end()  # raises where an operator has spoilt the capture and caught its own error
                 except BaseException:
                     self._abandon(graph)
                     raise
-                graph.capture_end()
             grown = torch.cuda.memory_reserved(self.device) - reserved
             runner.driver_bytes = max(0, free - torch.cuda.mem_get_info(self.device)[0] - grown)
         torch.cuda.current_stream(self.device).wait_stream(stream)

@@ -29,10 +29,10 @@ def split(graph: Any, weights: int, stable: frozenset[int], clean: Callable[[Any
     Returns:
         Two graphs with all of the inputs that `graph` has. The prologue returns the hoisted values; the body takes them as
         further inputs, in that order. None if nothing worth it depends on the stable tensors alone, or if some operator
-        writes in place, because a write might reach a value that is kept.
+        writes in place, because a write might reach a value that is kept, or draws random numbers, whose order would change.
     """
     nodes = list(graph.nodes())
-    if any(writes(node) for node in nodes):
+    if any(writes(node) or _draws(node) for node in nodes):
         return None
     early = _early(graph, nodes, weights, stable)
     frontier = _frontier(graph, nodes, early)
@@ -51,7 +51,7 @@ def _early(graph: Any, nodes: list[Any], weights: int, stable: frozenset[int]) -
             early[value.unique()] = place >= weights
     for node in nodes:
         inputs = [value.unique() for value in node.inputs()]
-        if all(key in early for key in inputs) and not node.isNondeterministic():
+        if all(key in early for key in inputs):
             depends = any(early[key] for key in inputs)
             early.update((value.unique(), depends) for value in node.outputs())
     return early
@@ -114,6 +114,13 @@ def _body(graph: Any, places: list[tuple[int, int]], clean: Callable[[Any], None
 
 def _is_worthwhile(node: Any) -> bool:
     return node.kind() in WORTHWHILE or node.kind().startswith("sfast::")
+
+
+def _draws(node: Any) -> bool:
+    """Whether an operator draws random numbers; attention would for its dropout alone."""
+    if node.kind() == "aten::scaled_dot_product_attention":
+        return bool(node.inputsAt(4).toIValue() != 0)
+    return bool(node.isNondeterministic())
 
 
 def _id(node: Any, output: int) -> int:

@@ -46,7 +46,7 @@ def report(target: Any) -> Report:
     installed: list[Component] = []
     for module in find_components(target).values():
         component = component_of(module)
-        if component is not None:
+        if component is not None and component not in installed:  # one module may have several names
             installed.append(component)
     fusions: Counter[str] = Counter()
     rows = []

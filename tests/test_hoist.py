@@ -221,6 +221,22 @@ def test_watch_tells_by_object_and_version() -> None:
     assert watch.stable([a, b, c]) == frozenset()  # all of them: no loop
 
 
+def test_random_numbers_go_on_as_in_eager() -> None:
+    class Noisy(Step):
+        def forward(self, x: Tensor, t: Tensor, prompt: Tensor, extra: Tensor | None = None) -> Tensor:
+            return super().forward(x, t, prompt, extra) + torch.randn_like(x).sum()
+
+    eager = Noisy().eval().requires_grad_(False)
+    compiled = sfast.compile(copy.deepcopy(eager))
+    calls, prompt = steps(5), torch.randn(2, 3, 6)
+    torch.manual_seed(3)
+    expected = [eager(x, t, prompt) for x, t in calls]
+    torch.manual_seed(3)
+    for (x, t), wanted in zip(calls, expected, strict=True):
+        agree(compiled(x, t, prompt), wanted)
+    assert sfast.report(compiled).fallbacks == []
+
+
 def test_keys_and_values_of_a_unet() -> None:
     unet = tiny.unet()
     eager = copy.deepcopy(unet)
