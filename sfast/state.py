@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast.structure import PLAIN
 
@@ -91,7 +92,7 @@ class ModuleState:
         if not self._tree.same():
             self._reread()
         else:
-            pointers = tuple(map(torch.Tensor.data_ptr, self.weights))
+            pointers = self._addresses()
             if pointers == self.pointers:
                 return
             self.pointers = pointers
@@ -140,8 +141,14 @@ class ModuleState:
         self._tree = _read(self.module)
         # Tied weights are one input.
         self.weights = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
-        self.pointers = tuple(map(torch.Tensor.data_ptr, self.weights))
+        self._wrappers = [weight for weight in self.weights if is_traceable_wrapper_subclass(weight)]
+        self.pointers = self._addresses()
         self._number_attributes()
+
+    def _addresses(self) -> tuple[int, ...]:
+        # A quantized weight is a wrapper: only what is in it has an address.
+        inner = chain.from_iterable(map(_inner_addresses, self._wrappers))
+        return (*map(torch.Tensor.data_ptr, self.weights), *inner)
 
     def _number_attributes(self, number: int | None = None) -> None:
         setting = frozenset(item for item in self._tree.attributes.items() if item[0] not in self._own)
@@ -222,6 +229,13 @@ def _read_attribute(tree: _Tree, path: str, value: Any, depth: int = 3) -> None:
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
     else:
         tree.attributes[path] = (type(value),)
+
+
+def _inner_addresses(tensor: torch.Tensor) -> list[int]:
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.data_ptr()]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [address for part in parts for address in _inner_addresses(part)]
 
 
 def _is_foreign(hook: Any) -> bool:

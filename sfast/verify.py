@@ -73,13 +73,16 @@ class Check:
 
 def tolerance(tensor: torch.Tensor) -> float:
     """Largest relative error accepted for a result of this dtype and device."""
-    if tensor.is_cuda and tensor.dtype is torch.float32:
+    dtype = tensor.dtype.to_real()
+    if tensor.is_cuda and dtype is torch.float32:
         return TOLERANCE_TF32
-    return TOLERANCE.get(tensor.dtype, 0.0)
+    return TOLERANCE.get(dtype, 0.0)
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     """||output - expected|| / ||expected||; infinite where one is finite and the other is not, or integers differ."""
+    if expected.is_complex():
+        output, expected = torch.view_as_real(output.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     if not expected.is_floating_point():
         return 0.0 if torch.equal(output, expected) else float("inf")
     finite = torch.isfinite(expected)

@@ -4,6 +4,7 @@ import types
 
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sfast.state import ModuleState
 
@@ -129,6 +130,16 @@ def test_tensors_in_lists_are_weights() -> None:
     table = torch.ones(2)
     module[1].tables = {"a": [table]}
     assert any(weight is table for weight in ModuleState(module).weights)
+
+
+def test_the_inside_of_a_wrapped_weight_has_the_address() -> None:
+    module = nn.Linear(2, 2)
+    module.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)), requires_grad=False)
+    state = ModuleState(module)
+    pointers = state.pointers
+    module.weight.b = torch.ones(2, 2)
+    state.refresh()
+    assert state.pointers != pointers
 
 
 def test_tied_weights_are_one_input() -> None:

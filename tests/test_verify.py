@@ -28,6 +28,12 @@ def test_zeros_and_integers_are_exact() -> None:
     assert relative_error(torch.tensor([1, 3]), torch.tensor([1, 2])) == math.inf
 
 
+def test_complex_numbers_may_be_rounded_too() -> None:
+    expected = torch.tensor([3 + 4j, 0j])
+    assert relative_error(expected * 1.1, expected.conj().conj()) == pytest.approx(0.1)
+    assert tolerance(expected) == tolerance(expected.real) > 0
+
+
 def test_half_precision_is_compared_in_fp32() -> None:
     expected = torch.full((10_000,), 60_000.0, dtype=torch.float16)  # its norm is above fp16's range
     assert relative_error(expected, expected) == 0
