@@ -52,7 +52,13 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
         if why is not None:
             fallback.note(name, f"stays eager: {why}")
             continue
-        Component(name, module, config).install()
+        try:
+            component = Component(name, module, config)
+        except Exception as error:  # weights without an address: sparse, or not initialized yet
+            first = str(error).strip().partition("\n")[0]
+            fallback.note(name, f"stays eager: {type(error).__name__}: {first}")
+            continue
+        component.install()
     return target
 
 
@@ -88,6 +94,8 @@ def _check_has_data(name: str, module: torch.nn.Module) -> None:
 
 
 def _unsupported(module: torch.nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module already"
     weight = next(module.parameters(), None)
     if weight is None:
         return "it has no weights"

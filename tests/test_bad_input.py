@@ -81,6 +81,31 @@ def test_a_module_without_weights_stays_as_it_is(caplog: pytest.LogCaptureFixtur
     assert [record.getMessage() for record in caplog.records] == ["SiLU: stays eager: it has no weights"]
 
 
+def test_weights_without_an_address_stay_eager_and_the_rest_is_compiled(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = draw(pipe)
+    pipe.unet.register_buffer("sparse", torch.eye(3).to_sparse())
+    sfast.compile(pipe)
+    assert sfast.report(pipe).components == ["vae.encoder", "vae.decoder", "text_encoder"]
+    assert (draw(pipe) - before).abs().max() < 1e-5
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("unet: stays eager: RuntimeError: Cannot access data pointer")
+
+
+def test_torchscript_and_lazy_modules_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 8, 8, 8)
+    scripted, lazy = torch.jit.script(Block()), nn.Sequential(nn.LazyConv2d(4, 1)).eval()
+    before = scripted(x)
+    assert torch.equal(sfast.compile(scripted)(x), before)
+    assert sfast.compile(lazy)(x).shape == (2, 4, 8, 8)
+    said = [record.getMessage() for record in caplog.records if record.name == "sfast"]
+    assert len(said) == 2
+    assert said[0].endswith("stays eager: it is a TorchScript module already")
+    assert said[1].startswith("Sequential: stays eager: ValueError: Attempted to use an uninitialized parameter")
+
+
 # Configuration.
 
 
