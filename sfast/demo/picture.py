@@ -96,9 +96,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "grid (eager, compiled, their difference) and prints times, the largest difference and sfast.report(pipe).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="the picture to write")
+    parser.add_argument("--out", type=picture_file, default=Path("out/demo.png"), help="the picture to write")
     parser.add_argument("--steps", type=positive, default=demo.STEPS, help="denoising steps of each picture")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"
+    )
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="float16 on a GPU and float32 on a CPU if not given"
     )
@@ -117,6 +119,27 @@ def quiet() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def device(text: str) -> str:
+    """The name of a device that is there."""
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text!r}")
+    if kind == "cuda" and (torch.device(text).index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no {text} here: `sfast doctor` says what is missing")
+    return text
+
+
+def picture_file(text: str) -> Path:
+    """A path that Pillow knows how to write to."""
+    path = Path(text)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"must end in .png, .jpg or another format of pictures, got {text!r}")
+    return path
 
 
 def positive(text: str) -> int:
@@ -213,7 +236,7 @@ def to_image(pictures: np.ndarray) -> list[Image.Image]:
 
 def wrap(text: str, font: Any, width: int) -> list[str]:
     """Lines of `text` that are at most `width` pixels wide in `font`."""
-    characters = max(8, int(width / (font.getlength(text) / max(1, len(text)))))
+    characters = max(8, int(width / (max(1, font.getlength(text)) / max(1, len(text)))))
     while characters > 8 and any(font.getlength(line) > width for line in textwrap.wrap(text, characters)):
         characters -= 1
     return textwrap.wrap(text, characters) or [""]

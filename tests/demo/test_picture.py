@@ -84,9 +84,26 @@ def test_table_takes_the_median_of_the_later_ones():
     assert picture.table(eager, compiled).split("\n")[-1].split() == ["speed-up", "2.00x"]
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lora", "no-such"], ["--dtype", "int8"], ["--prompts"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--lora", "no-such"],
+        ["--dtype", "int8"],
+        ["--prompts"],
+        ["--device", "bogus"],
+        ["--device", "meta"],
+        ["--device", "cuda:99"],
+        ["--out", "picture.weird"],
+        ["--out", "folder"],
+    ],
+)
 def test_bad_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         picture.main(arguments)
     assert end.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_an_empty_prompt_has_an_empty_caption():
+    assert picture.wrap("", picture.ImageFont.load_default(14), 100) == [""]
