@@ -368,10 +368,9 @@ def _written_values(graph: Any) -> frozenset[int]:
 
     written = []
     for node in graph.nodes():
-        if writes(node):
-            written.append(next(node.inputs()).unique())
         if writes(node) or _may_alias(node):
-            together = [v.unique() for v in (*node.inputs(), *node.outputs()) if "Tensor" in str(v.type())]
+            together = [value.unique() for value in _values(node) if "Tensor" in str(value.type())]
+            written += together[:1] if writes(node) else []
             for other in together[1:]:
                 leader[find(other)] = find(together[0])
     roots = {find(key) for key in written}
@@ -380,12 +379,18 @@ def _written_values(graph: Any) -> frozenset[int]:
 
 
 def writes(node: Any) -> bool:
-    """Whether an operator writes to one of its inputs: in place, or because it was given `out=`."""
-    return "!" in node.schema()
+    """Whether an operator writes to a tensor that was there before: in place, by `out=`, or inside of a loop or branch."""
+    return "!" in node.schema() or any(writes(inner) for block in node.blocks() for inner in block.nodes())
+
+
+def _values(node: Any) -> list[Any]:
+    inner = [value for block in node.blocks() for each in block.nodes() for value in _values(each)]
+    return [*node.inputs(), *node.outputs(), *inner]
 
 
 def _may_alias(node: Any) -> bool:
     if node.kind().startswith("prim::"):
-        return node.kind() in ("prim::ListConstruct", "prim::ListUnpack", "prim::TupleConstruct", "prim::TupleUnpack")
+        lists = ("prim::ListConstruct", "prim::ListUnpack", "prim::TupleConstruct", "prim::TupleUnpack")
+        return node.kind() in lists or any(True for _ in node.blocks())
     schema = node.schema()
     return not schema or "(a" in schema.rsplit("->", 1)[-1]

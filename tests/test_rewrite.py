@@ -102,6 +102,22 @@ def test_a_value_written_by_out_refuses() -> None:
     assert traced.fusions == {}
 
 
+@torch.jit.script
+def _double(x: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        x.mul_(2)
+    return x
+
+
+def test_a_value_written_in_a_loop_refuses() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        middle = F.linear(y, W, B)
+        return _double(y, 3) + F.silu(middle)
+
+    fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU])
+
+
 def test_results_are_the_callers_to_write_to() -> None:
     def forward(x: Tensor) -> tuple[Tensor, ...]:
         return x / 1.0, torch.arange(4)[1:].float(), torch.zeros(2)
