@@ -28,6 +28,7 @@ class _Tree:
     """Everything in a module tree that may be exchanged, as it was when it was read."""
 
     modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
+    types: list[type] = dataclasses.field(default_factory=list)  # their classes
     modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those whose training mode counts
     live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
     contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
@@ -45,6 +46,8 @@ class _Tree:
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
         if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
+            return False
+        if list(map(type, self.modules)) != self.types:  # token merging (tomesd) gives blocks another class
             return False
         try:
             got = chain.from_iterable([get(place) for get, place in self.getters])
@@ -163,7 +166,12 @@ class ModuleState:
         """Everything about the tree that a trace bakes in; equal before and after a mere exchange of values."""
         order = {id(tensor): i for i, tensor in enumerate(self.weights)}
         weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in self._tree.weights])
-        return weights, tuple(map(id, self._tree.modules)), tuple(map(id, self._tree.processors))
+        return (
+            weights,
+            tuple(map(id, self._tree.modules)),
+            tuple(self._tree.types),
+            tuple(map(id, self._tree.processors)),
+        )
 
 
 _TRAINING = operator.attrgetter("training")
@@ -189,6 +197,7 @@ def _read(root: torch.nn.Module) -> _Tree:
     opened: set[int] = set()
     for path, module in root.named_modules():
         tree.modules.append(module)
+        tree.types.append(type(module))
         if module is root or isinstance(module, _MODAL):
             tree.modal.append(module)
         for place in (module._parameters, module._buffers, module._modules):

@@ -167,3 +167,18 @@ def test_reasons_to_stay_eager() -> None:
     state.refresh()
     module[2].train()
     assert "training" in str(state.why_eager([x]))
+
+
+def test_a_submodule_of_another_class_is_another_version() -> None:
+    class Tripled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(x)
+
+    module = nn.Sequential(nn.Linear(4, 4)).eval().requires_grad_(False)
+    state = ModuleState(module)
+    before = state.version
+    module[0].__class__ = Tripled  # as tomesd does
+    state.refresh()
+    assert state.version == before + 1
+    state.refresh()
+    assert state.version == before + 1
