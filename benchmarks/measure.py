@@ -152,9 +152,9 @@ def compile_variant(model: Model, parts: Parts, variant: str) -> None:
 
 
 def ladder_fields(variant: str) -> dict[str, Any]:
-    """The fields of `CompilationConfig` that `sfast-<rung>` sets; none for `sfast`."""
+    """The fields of `CompilationConfig` that `sfast-<rung>` sets; for `sfast`, what a pipeline has by default."""
     if variant == "sfast":
-        return {}
+        return {"enable_hoisting": True}  # a module alone is not hoisted unless asked
     fields: dict[str, Any] = {}
     for rung, added in LADDER.items():
         fields.update(added)

@@ -15,6 +15,7 @@ from sfast import fallback
 from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.config import CompilationConfig
+from sfast.loop import Pictures
 from sfast.versions import check_torch
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     modules = find_components(target)
     for name, module in modules.items():
         _check_has_data(name, module)
+    pictures = None if isinstance(target, torch.nn.Module) else Pictures()
     for name, module in modules.items():
         installed = component_of(module)
         if installed is not None and installed.config == config:
@@ -53,7 +55,7 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
             fallback.note(name, f"stays eager: {why}")
             continue
         try:
-            component = Component(name, module, config)
+            component = Component(name, module, config, pictures)
         except Exception as error:  # weights without an address: sparse, or not initialized yet
             first = str(error).strip().partition("\n")[0]
             fallback.note(name, f"stays eager: {type(error).__name__}: {first}")

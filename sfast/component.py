@@ -11,10 +11,9 @@ import dataclasses
 import functools
 import threading
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,13 +21,16 @@ from sfast import fallback, verify
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import GraphRunner, pool_of
 from sfast.fusions import chosen_fusions
-from sfast.loop import Loop, Watch
-from sfast.merge import pack_weights, unpack_weight
+from sfast.loop import Loop, Pictures, Watch
+from sfast.placement import Placement
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
-from sfast.trace import Trace, is_tracing, trace
+from sfast.trace import DecidesByValue, Trace, is_tracing, trace
+
+T = TypeVar("T")
 
 MAX_PLANS = 1024  # shapes and structures remembered for one module; older ones are prepared again
+MAX_NOTES = 16  # different reasons of one module that are logged and reported
 MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
 
 
@@ -68,29 +70,31 @@ class EagerCall:
 class Component:
     """A callable in the place of `module.forward`."""
 
-    def __init__(self, name: str, module: torch.nn.Module, config: CompilationConfig) -> None:
+    def __init__(
+        self, name: str, module: torch.nn.Module, config: CompilationConfig, pictures: Pictures | None = None
+    ) -> None:
         self.name = name
         self.module = module
         self.config = config
         self.eager: Callable[..., Any] = module.forward
         self.state = ModuleState(module)
         self.fusions = chosen_fusions(config)
+        self.pictures = pictures or Pictures()  # shared by the components of a pipeline
+        self._hoists = pictures is not None if config.enable_hoisting is None else config.enable_hoisting
         self.fallbacks: dict[str, None] = {}
         self._own_forward = module.__dict__.get("forward")  # somebody else's replacement, to be put back
         self._traces: dict[Hashable, list[Trace | EagerCall]] = {}
         self._traced = 0  # how often, over the whole life
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
-        # Weights that were moved next to others, and those that were given another memory format.
-        self._packed: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
-        self._relaid: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
+        self._placement = Placement()
         self._lock = threading.RLock()
         self._active = True
         functools.update_wrapper(self, self.eager)
 
     def __reduce__(self) -> Any:
-        # A copied or unpickled module is an ordinary one.
-        return _eager_forward, (self.module,)
+        # A copied or unpickled module is as it was before.
+        return (_eager_forward, (self.module,)) if self._own_forward is None else (_itself, (self._own_forward,))
 
     # ------------------------------------------------------------------------------------------------- install, remove
 
@@ -107,18 +111,14 @@ class Component:
             else:
                 self.module.__dict__["forward"] = self._own_forward
         self._forget()
-        for weight in self._packed.values():
-            unpack_weight(weight)
-        self._packed.clear()
-        for weight in self._relaid.values():
-            weight.data = weight.data.contiguous()
-        self._relaid.clear()
+        self._placement.undo()
 
     # --------------------------------------------------------------------------------------------------------- calling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._active or is_tracing() or torch.compiler.is_compiling():
             return self.eager(*args, **kwargs)
+        self.pictures.saw(self.name)
         tensors: list[torch.Tensor] = []
         try:
             call = flatten((args, kwargs), tensors)
@@ -139,8 +139,8 @@ class Component:
             tensors = [tensor if tensor.is_cuda else tensor.to(device) for tensor in tensors]
         types_ = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
         signature = (call, types_, self.state.key(), _autocast(device.type))
-        shapes = tuple([tensor.shape for tensor in tensors])
-        plan = self._plans.get((signature, shapes))
+        shapes = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+        plan = self._plans.get((signature, shapes)) or self._plans.get(signature)
         if plan is None:
             with self._lock:
                 plan = self._plans.get((signature, shapes))  # another thread may have been first
@@ -196,7 +196,7 @@ class Component:
         """The loop's result; None, and the plan's call as a whole from now on, where it fails or does not pay."""
         if not loop.wasted():
             try:
-                return loop(self.state.weights, self.state.pointers, tensors)
+                return loop(self.state.weights, self.state.pointers, self.pictures.count, tensors)
             except Exception as error:
                 self._note(f"nothing is hoisted at {describe_shapes(tensors)}: {_first_line(error)}")
         loop.release()
@@ -206,7 +206,7 @@ class Component:
     def _capture(self, plan: Plan, tensors: list[torch.Tensor]) -> None:
         """Capture the plan's call, or say once why it runs without a graph."""
         assert plan.call is not None
-        self._pack(plan.call)  # again, if the weights have moved apart
+        self._bring_together(plan.call)  # again, if the weights have moved apart
         call, weights = plan.call, self.state.weights
         self._drop(plan)
         pool = pool_of(self.state.device)
@@ -240,7 +240,10 @@ class Component:
         self, signature: Hashable, shapes: Hashable, call: Hashable, tensors: list[torch.Tensor], args: Any, kwargs: Any
     ) -> Any:
         """Find or make a trace for this call, check it against eager, and return the call's result."""
-        self._adopt_memory_format()
+        if self.config.memory_format is torch.channels_last and self.state.device.type == "cuda":
+            if not self._placement.make_channels_last(self.state.weights):
+                self._note("convolution weights that others look at (a state dict?) keep their memory format")
+            self.state.refresh()
         if len(self._plans) >= MAX_PLANS:
             oldest = next(iter(self._plans))
             self._drop(self._plans.pop(oldest))
@@ -249,24 +252,37 @@ class Component:
         if check is not None and check.refused is not None:
             return self._give_up(signature, shapes, check.refused, check, args, kwargs)
 
-        failure = "no trace"
-        for candidate in self._candidates(signature, call, tensors):
+        failure = f"there are {MAX_TRACES} traces already, none of them for these values of its arguments"
+        for candidate, last_resort in self._candidates(signature, call, tensors):
             try:
-                traced = candidate()
-                self._pack(traced)
+                kept = self.state.keep()
+                try:
+                    traced = candidate()
+                    changes = self.state.changes_itself()
+                finally:
+                    self.state.put_back(kept)  # tracing runs the module's Python once more than the caller did
+                if changes:
+                    return self._give_up(
+                        signature, None, "it changes its own attributes at every call", check, args, kwargs
+                    )
+                self._bring_together(traced)
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
-                plan.watch = Watch() if self.config.enable_hoisting and len(tensors) > 1 else None
+                plan.watch = Watch() if self._hoists and len(tensors) > 1 else None
                 if plan.capture:
                     self._capture(plan, tensors)
                 if check is not None:
                     check.rewind()  # tracing and warming up have drawn random numbers, too
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
+            except DecidesByValue as exception:  # so it does at every shape
+                return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
                 failure = _first_line(exception)
                 fallback.logger.debug("%s: a candidate failed", self.name, exc_info=exception)
                 continue
             if error is None:
+                if last_resort:
+                    self._note(f"runs without fusions at {describe_shapes(tensors)}: with them, {failure}")
                 self._plans[signature, shapes] = plan
                 known = self._traces.setdefault(signature, [])
                 if traced not in known:
@@ -281,13 +297,16 @@ class Component:
 
     def _candidates(
         self, signature: Hashable, call: Hashable, tensors: list[torch.Tensor]
-    ) -> list[Callable[[], Trace | EagerCall]]:
-        """Ways to compute this call, best first: a trace that served another shape, a new one, one without fusions."""
+    ) -> list[tuple[Callable[[], Trace | EagerCall], bool]]:
+        """Ways to compute this call, best first: a trace that served another shape, a new one, one without fusions.
+
+        With each, whether it is the one without fusions.
+        """
         if not self.config.enable_jit:
-            return [functools.partial(EagerCall, self.eager, call)]
+            return [(functools.partial(EagerCall, self.eager, call), False)]
         weights = self.state.weights
-        known: list[Callable[[], Trace | EagerCall]] = [
-            functools.partial(_same, traced) for traced in reversed(self._traces.get(signature, []))
+        known: list[tuple[Callable[[], Trace | EagerCall], bool]] = [
+            (functools.partial(_itself, traced), False) for traced in reversed(self._traces.get(signature, []))
         ]
         if sum(map(len, self._traces.values())) >= MAX_TRACES:
             self._note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
@@ -295,46 +314,28 @@ class Component:
 
         def plain() -> Trace:
             with fallback.timed(f"{self.name}: tracing without fusions"):
-                traced = trace(self.eager, weights, call, tensors, [])
-            self._note(
-                f"a rewritten graph failed or disagreed with eager at {describe_shapes(tensors)}: fusions are off for it"
-            )
-            return traced
+                return trace(self.eager, weights, call, tensors, [])
 
         def fused() -> Trace:
             with fallback.timed(f"{self.name}: tracing and rewriting"):
                 return trace(self.eager, weights, call, tensors, self.fusions, self.config.enable_merged_linears)
 
-        return [*known, fused, plain]
+        return [*known, (fused, False), (plain, True)]
 
     def _give_up(
-        self, signature: Hashable, shapes: Hashable, why: str, check: verify.Check | None, args: Any, kwargs: Any
+        self, signature: Hashable, shapes: Hashable | None, why: str, check: verify.Check | None, args: Any, kwargs: Any
     ) -> Any:
         self._note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
-        self._plans[signature, shapes] = Plan(None)
+        self._plans[signature if shapes is None else (signature, shapes)] = Plan(None)
         if check is None:
             return self.eager(*args, **kwargs)
         check.finish()
         return check.expected
 
-    def _adopt_memory_format(self) -> None:
-        """Give convolution weights the layout that tensor cores read; one weight at a time, so memory does not grow."""
-        if self.config.memory_format is not torch.channels_last or self.state.device.type != "cuda":
-            return
-        for weight in self.state.weights:
-            if isinstance(weight, torch.nn.Parameter) and weight.dim() == 4 and weight.is_contiguous():
-                relaid = weight.data.contiguous(memory_format=torch.channels_last)
-                if relaid.data_ptr() != weight.data_ptr() or relaid.stride() != weight.stride():
-                    weight.data = relaid
-                    self._relaid[id(weight)] = weight
-        self.state.refresh()
-
-    def _pack(self, call: Trace | EagerCall) -> None:
-        """Bring together in memory what merged linear layers read as one matrix."""
+    def _bring_together(self, call: Trace | EagerCall) -> None:
+        """Make neighbours in memory of the weights that a merged linear layer reads as one matrix."""
         if isinstance(call, Trace) and call.packs:
-            for pack in call.packs:
-                for weight in pack_weights(pack, self.state.weights):
-                    self._packed[id(weight)] = weight
+            self._placement.bring_together(call.packs, self.state.weights)
             self.state.refresh()
 
     # ------------------------------------------------------------------------------------------------------- reporting
@@ -360,7 +361,8 @@ class Component:
         return self.eager(*args, **kwargs)
 
     def _note(self, why: str) -> None:
-        if why not in self.fallbacks:
+        if why not in self.fallbacks and len(self.fallbacks) <= MAX_NOTES:
+            why = why if len(self.fallbacks) < MAX_NOTES else "more like these, at other shapes and structures"
             self.fallbacks[why] = None
             fallback.logger.warning("%s: %s", self.name, why)
 
@@ -378,8 +380,8 @@ def _eager_forward(module: torch.nn.Module) -> Any:
     return types.MethodType(type(module).forward, module)
 
 
-def _same(traced: Trace | EagerCall) -> Trace | EagerCall:
-    return traced
+def _itself(value: T) -> T:
+    return value
 
 
 def _autocast(device_type: str) -> Hashable:

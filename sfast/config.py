@@ -36,6 +36,8 @@ class CompilationConfig:
         enable_merged_linears: compute linear layers that read the same tensor, such as queries, keys and values, in one
             product. Their weights move next to each other in memory; nothing is copied for good.
         enable_hoisting: compute what only the prompt (or a control image, or a size) decides once, and not at every step.
+            `None` means in pipelines, where a new picture is always noticed. In a module compiled alone, writing through
+            `tensor.data` in place is not noticed while the prompt stays the same object, so there it is asked for by name.
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
         graph_memory_budget: bytes that captured graphs may hold on one GPU; the least recently used are dropped above
@@ -57,7 +59,7 @@ class CompilationConfig:
     prefer_lowp_gemm: bool = True
     enable_xformers: bool = False
     enable_merged_linears: bool = True
-    enable_hoisting: bool = True
+    enable_hoisting: bool | None = None
     enable_cuda_graph: bool = True
     enable_triton: bool = True
     enable_native: bool = True
@@ -106,10 +108,10 @@ def _check_name(name: str) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     if name == "memory_format":
-        allowed = (None, torch.channels_last, torch.contiguous_format)
+        formats = (None, torch.channels_last, torch.contiguous_format)
         if value is not None and not isinstance(value, torch.memory_format):
             raise TypeError(f"`memory_format` must be a torch.memory_format or None, got {value!r}.")
-        if value not in allowed:
+        if value not in formats:
             raise ValueError(
                 f"`memory_format` must be torch.channels_last, torch.contiguous_format or None, got {value!r}."
             )
@@ -118,5 +120,6 @@ def _check_value(name: str, value: Any) -> None:
             raise TypeError(f"`graph_memory_budget` must be a number of bytes (int) or None, got {value!r}.")
         if value is not None and value < 0:
             raise ValueError(f"`graph_memory_budget` must not be negative, got {value}.")
-    elif not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    elif not isinstance(value, bool) and not (name == "enable_hoisting" and value is None):
+        allowed = "True, False or None" if name == "enable_hoisting" else "True or False"
+        raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")

@@ -2,7 +2,8 @@
 
 Which inputs stay the same is not guessed from their names but seen: the very same tensor object, unwritten since the
 call before. A tensor edited in place has a new version, another prompt is another object, an edited or replaced weight
-has a new version or address; each of them runs the prologue again.
+has a new version or address; each of them runs the prologue again, and so does each new picture of a pipeline, because
+what is written through `tensor.data` has no version.
 """
 
 from __future__ import annotations
@@ -16,6 +17,21 @@ from sfast.cuda_graph import GraphPool, GraphRunner
 from sfast.trace import Split
 
 PATIENCE = 8  # calls of one shape in which something must have stayed the same, or nobody looks any more
+
+
+BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")
+
+
+class Pictures:
+    """Counts a pipeline's pictures: encoding a prompt or decoding latents is what happens between two loops."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def saw(self, component: str) -> None:
+        """A component of the pipeline is called."""
+        if component.startswith(BETWEEN_PICTURES):
+            self.count += 1
 
 
 class Watch:
@@ -57,24 +73,25 @@ class Loop:
         self._hoisted: list[torch.Tensor] = []
         self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
         self._pointers: tuple[int, ...] = ()
+        self._picture = -1
         self._lock = threading.RLock()
 
     def __call__(
-        self, weights: list[torch.Tensor], pointers: tuple[int, ...], tensors: list[torch.Tensor]
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The flat output tensors; `pointers` are the addresses of the weights."""
+        """The flat output tensors; `pointers` are the addresses of the weights, `picture` is another for each loop."""
         with self._lock:  # another thread's prompt must not come between prologue and body
-            return self._run(weights, pointers, tensors)
+            return self._run(weights, pointers, picture, tensors)
 
     def _run(
-        self, weights: list[torch.Tensor], pointers: tuple[int, ...], tensors: list[torch.Tensor]
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         self.calls += 1
         if self._pool is not None and (self._dropped() or pointers != self._pointers):
             self._capture(self._pool, weights, tensors)
-        if pointers != self._pointers:
-            self._read = []  # a weight's values may have come with its new address
-            self._pointers = pointers
+        if pointers != self._pointers or picture != self._picture:
+            self._read = []  # there may be other values in them, whatever their versions say
+            self._pointers, self._picture = pointers, picture
         reads = [tensors[i] for i in self._stable] + [weights[i] for i in self.split.prologue_weights]
         if len(reads) != len(self._read) or any(
             [a is not b or version_of(a) != version for a, (b, version) in zip(reads, self._read, strict=True)]

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from sfast.kernels.linear_together import are_adjacent
-
 NAME = "linear_together"
 MAX_BYTES = 256 * 2**20  # of one group: so much memory is taken for the moment of moving its weights
 
@@ -75,38 +73,3 @@ def _replace(graph: Any, nodes: list[Any], has_bias: bool) -> None:
     for node, result in zip(nodes, unpack.outputs(), strict=True):
         node.output().replaceAllUsesWith(result)
         node.destroy()
-
-
-def pack_weights(pack: Pack, weights: list[torch.Tensor]) -> list[torch.nn.Parameter]:
-    """Move the weights of a pack to one storage, unless they lie there or are none of ours to move; returns the moved."""
-    moved: list[torch.nn.Parameter] = []
-    for places in (pack.weights, pack.biases):
-        group = [weights[i] for i in places]
-        if len(group) > 1 and _movable(group) and not are_adjacent(group):
-            moved += _move([weight for weight in group if isinstance(weight, torch.nn.Parameter)])
-    return moved
-
-
-def _movable(group: list[torch.Tensor]) -> bool:
-    first = group[0]
-    return all(
-        type(weight) is torch.nn.Parameter
-        and weight.is_contiguous()
-        and not weight.is_inference()
-        and (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
-        for weight in group
-    )
-
-
-def _move(group: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    with torch.inference_mode(False), torch.no_grad():
-        together = torch.cat([weight.data for weight in group])
-        for weight, part in zip(group, together.split([weight.shape[0] for weight in group]), strict=True):
-            weight.data = part
-    return group
-
-
-def unpack_weight(weight: torch.nn.Parameter) -> None:
-    """Give a weight a storage of its own again."""
-    with torch.inference_mode(False), torch.no_grad():
-        weight.data = weight.data.clone()

@@ -115,6 +115,27 @@ class ModuleState:
             self._own |= own
             self._number_attributes(number)
 
+    def keep(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The attributes of all modules as they are, for `put_back` after their forward was run on trial."""
+        places = [p for m in self._tree.modules for p in (m.__dict__, m._parameters, m._buffers)]
+        return [(place, dict(place)) for place in places]
+
+    def put_back(self, kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Undo what was assigned to attributes since `keep`."""
+        for place, before in kept:
+            if len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
+                place.clear()
+                place.update(before)
+        self.refresh()
+
+    def changes_itself(self) -> bool:
+        """Whether the forward, run once more, has changed again an attribute that it had changed before: a counter."""
+        if not self._own or self._tree.same():
+            return False
+        before = self._tree.attributes
+        self.refresh_after_eager()
+        return any(before.get(name) != self._tree.attributes.get(name) for name in self._own)
+
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes, and which adapters are active."""
         return self.version, self._attributes, tuple([_adapter_state(layer) for layer in self._tree.adapters])
@@ -128,6 +149,8 @@ class ModuleState:
         """Why a call with these tensors cannot run compiled as the module is, or None."""
         if self._tree.wrapped:
             return f"`{self._tree.wrapped[0]}` is wrapped by hooks that offload it or skip its work, in Python"
+        if any(_GLOBAL_HOOKS):
+            return "global module hooks are registered, which a compiled graph would not call"
         if any(self._tree.hooks) and any(_is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
             return "a submodule has forward hooks, which a compiled graph would not call"
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*tensors, *self.weights)]):
@@ -174,6 +197,7 @@ class ModuleState:
         )
 
 
+_GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 _TRAINING = operator.attrgetter("training")
 # What computes something else in training. Others may be in training mode below an eval() module without consequence:
 # diffusers leaves the layers of a loaded LoRA like that.

@@ -113,7 +113,7 @@ def trace(
         forward: the module's eager forward.
         weights: every tensor that the module owns and may read; no two the same object.
         call, tensors: the call's (args, kwargs), as `structure.flatten` takes them apart.
-        fusions: what to fuse, in order.
+        fusions: what to fuse, in order; without any the graph stays as it was traced.
         merge: whether to merge linear layers that read the same tensor.
 
     Raises:
@@ -165,6 +165,7 @@ class _Repairs(TorchFunctionMode):
             torch.Tensor.__int__,
             torch.Tensor.__float__,
             torch.Tensor.__index__,
+            torch.Tensor.__complex__,
             torch.Tensor.item,
             torch.Tensor.tolist,
             torch.Tensor.numpy,
@@ -188,9 +189,8 @@ class _Repairs(TorchFunctionMode):
             return args[0].detach()
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
-        if func in self._CONVERSIONS and any(
-            _depends_on_values(torch._C._get_value_trace(arg)) for arg in args if isinstance(arg, torch.Tensor)
-        ):
+        read = args if func in self._CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
+        if any(_depends_on_values(torch._C._get_value_trace(arg)) for arg in read if isinstance(arg, torch.Tensor)):
             raise DecidesByValue(f"it decides in Python by the value of a tensor, {_where()}")
         return func(*args, **(kwargs or {}))
 
@@ -217,24 +217,49 @@ def _repeat_each(
     return wide.reshape(*before, x.shape[dim] * repeats, *after)
 
 
-_SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim", "prim::Constant"))
+_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
+
+
+def _listed(data: Any = None) -> list[Any]:
+    """The elements of nested lists: `torch.tensor([x.sum(), 1])` reads them."""
+    return [item for part in data for item in _listed(part)] if isinstance(data, (list, tuple)) else [data]
+
+
+_SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
+_SIZED_BY_VALUE = frozenset(
+    f"aten::{name}"
+    for name in ("nonzero", "masked_select", "unique", "unique_dim", "_unique", "_unique2", "unique_consecutive")
+)
 
 
 def _depends_on_values(value: Any) -> bool:
-    """Whether a traced value is computed from the contents of an input, and not from sizes alone."""
-    seen: set[int] = set()
-    pending = [value]
+    """Whether a traced value is computed from the contents of an input or from random numbers, and not from sizes alone."""
+    seen: set[tuple[int, bool]] = set()
+    pending = [(value, False)]
     while pending:
-        value = pending.pop()
-        if value.unique() in seen:
+        value, for_size = pending.pop()
+        if (value.unique(), for_size) in seen:
             continue
-        seen.add(value.unique())
+        seen.add((value.unique(), for_size))
         node = value.node()
-        if node.kind() == "prim::Param":
+        if for_size:
+            found = _is_sized_by_value(node)
+        else:
+            drawn = node.isNondeterministic() and node.kind() != "aten::dropout"
+            found = drawn or node.kind() == "prim::Param" or _is_sized_by_value(node)
+        if found:
             return True
-        if node.kind() not in _SHAPE_READERS:
-            pending += node.inputs()
+        pending += [(source, for_size or node.kind() in _SHAPE_READERS) for source in node.inputs()]
     return False
+
+
+def _is_sized_by_value(node: Any) -> bool:
+    """Whether the size of an operator's result depends on values: of `nonzero`, or of `x[mask]`."""
+    if node.kind() != "aten::index":
+        return node.kind() in _SIZED_BY_VALUE
+    indices = node.inputsAt(1).node()
+    kinds = [value.type() for value in indices.inputs() if value.type().kind() == "TensorType"]
+    return any(kind.dtype() in (torch.bool, torch.uint8) for kind in kinds)
 
 
 def _where() -> str:

@@ -5,6 +5,8 @@ A trace bakes the decisions that Python took; this is where a wrong one is caugh
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ class Check:
         call = flatten((args, kwargs), given)
         watched = [*given, *state.weights]
         versions = [_version(tensor) for tensor in watched]
+        unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
+        python_random = _python_random_state()
 
         self.expected = component.eager(*args, **kwargs)
 
@@ -39,8 +43,10 @@ class Check:
         self._tensors: list[torch.Tensor] = []
         self._structure: Hashable = None
         now: list[torch.Tensor] = []
-        if [_version(tensor) for tensor in watched] != versions:
+        if [_version(tensor) for tensor in watched] != versions or not all(_same(*pair) for pair in unversioned):
             self.refused = "it writes to its arguments or weights"
+        elif _python_random_state() != python_random:
+            self.refused = "it draws random numbers in Python"
         elif flatten((args, kwargs), now) != call or any(a is not b for a, b in zip(now, given, strict=True)):
             self.refused = "it changes the containers it is called with"
         try:
@@ -97,6 +103,16 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b) or relative_error(a, b) == 0  # the second where there are NaNs
+
+
+def _python_random_state() -> Hashable:
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state()[1:3] if numpy is not None else ((), 0)
+    return random.getstate(), tuple(drawn[0]), drawn[1]
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

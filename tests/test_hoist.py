@@ -13,6 +13,8 @@ from sfast import CompilationConfig
 from sfast.loop import PATIENCE, Loop, Watch
 from tests import tiny
 
+HOISTING = CompilationConfig(enable_hoisting=True)
+
 
 class Step(nn.Module):
     """A denoiser step in small: the prompt makes keys, a scale and a mask; latents and time change."""
@@ -35,7 +37,7 @@ def steps(n: int = 3) -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture
 def pair() -> tuple[Step, Step]:
     module = Step().eval().requires_grad_(False)
-    return copy.deepcopy(module), sfast.compile(module)
+    return copy.deepcopy(module), sfast.compile(module, HOISTING)
 
 
 def loop_of(module: nn.Module) -> Loop | None:
@@ -163,7 +165,7 @@ def test_a_module_that_writes_in_place_is_left_whole() -> None:
             return total + t + key.sum()
 
     eager = Writes().eval().requires_grad_(False)
-    compiled = sfast.compile(copy.deepcopy(eager))
+    compiled = sfast.compile(copy.deepcopy(eager), HOISTING)
     prompt = torch.randn(2, 3, 6)
     for x, t in steps(5):
         agree(compiled(x, t, prompt), eager(x, t, prompt))
@@ -211,6 +213,44 @@ def test_two_threads_with_a_prompt_each(pair: tuple[Step, Step]) -> None:
     assert failed == []
 
 
+def test_a_module_alone_is_not_hoisted_unless_asked() -> None:
+    module = Step().eval().requires_grad_(False)
+    eager = copy.deepcopy(module)
+    sfast.compile(module)
+    prompt = torch.randn(2, 3, 6)
+    for x, t in steps(4):
+        agree(module(x, t, prompt), eager(x, t, prompt))
+    assert loop_of(module) is None
+    for m in (module, eager):
+        m.key.weight.data.mul_(2)  # has no version
+    for x, t in steps(2):
+        agree(module(x, t, prompt), eager(x, t, prompt))
+
+
+def test_every_picture_of_a_pipeline_runs_the_prologue_again() -> None:
+    pipe = tiny.TINY["text-to-image"].build()
+    eager = copy.deepcopy(pipe)
+    sfast.compile(pipe)
+    embeds = torch.randn(1, 7, pipe.unet.config.cross_attention_dim)
+    for edit in (None, 3.0, -2.0):
+        for p in (pipe, eager):
+            if edit is not None:
+                weight = p.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+                weight.data.mul_(edit)  # through .data, and the prompt stays the same object
+        pictures = [
+            p(
+                prompt_embeds=embeds,
+                guidance_scale=1.0,
+                num_inference_steps=4,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+            for p in (pipe, eager)
+        ]
+        torch.testing.assert_close(*pictures, rtol=1e-3, atol=1e-4)
+    assert loop_of(pipe.unet) is not None
+
+
 def test_watch_tells_by_object_and_version() -> None:
     watch = Watch()
     a, b, c = (torch.randn(2) for _ in range(3))
@@ -227,7 +267,7 @@ def test_random_numbers_go_on_as_in_eager() -> None:
             return super().forward(x, t, prompt, extra) + torch.randn_like(x).sum()
 
     eager = Noisy().eval().requires_grad_(False)
-    compiled = sfast.compile(copy.deepcopy(eager))
+    compiled = sfast.compile(copy.deepcopy(eager), HOISTING)
     calls, prompt = steps(5), torch.randn(2, 3, 6)
     torch.manual_seed(3)
     expected = [eager(x, t, prompt) for x, t in calls]
@@ -240,7 +280,7 @@ def test_random_numbers_go_on_as_in_eager() -> None:
 def test_keys_and_values_of_a_unet() -> None:
     unet = tiny.unet()
     eager = copy.deepcopy(unet)
-    sfast.compile(unet)
+    sfast.compile(unet, HOISTING)
     prompt = torch.randn(2, 7, unet.config.cross_attention_dim)
     with torch.no_grad():
         for i in range(4):
@@ -261,7 +301,7 @@ def test_keys_and_values_of_a_unet() -> None:
 def test_on_a_gpu_two_graphs_take_the_place_of_one() -> None:
     module = Step().eval().requires_grad_(False).cuda()
     eager = copy.deepcopy(module)
-    sfast.compile(module)
+    sfast.compile(module, HOISTING)
     prompts = [torch.randn(2, 3, 6, device="cuda") for _ in range(3)]
     kept = []
     for i, (x, t) in enumerate((x.cuda(), t) for x, t in steps(24)):

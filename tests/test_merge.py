@@ -119,6 +119,17 @@ def test_what_reads_an_input_is_left_for_hoisting() -> None:
     assert sfast.report(compiled).fusions == {}
 
 
+def test_weights_that_others_look_at_are_not_moved() -> None:
+    eager, compiled = pair(Attention())
+    state = compiled.state_dict()
+    x = torch.randn(2, 5, 6)
+    agree(compiled(x), eager(x))
+    assert not are_adjacent([compiled.q.weight, compiled.k.weight, compiled.v.weight])
+    state["q.weight"].mul_(3)
+    eager.q.weight.mul_(3)
+    agree(compiled(x), eager(x))
+
+
 def test_switched_off() -> None:
     module = Attention().eval().requires_grad_(False)
     sfast.compile(module, CompilationConfig(enable_merged_linears=False))

@@ -1,0 +1,88 @@
+"""Where weights lie in memory: channels-last, and next to those that are multiplied with them; and back again.
+
+A weight that is moved stays the same Parameter with the same values, and nothing is kept twice. A weight whose memory
+somebody else looks at (a state dict, a view, a module that shares it) is never moved: what they write must be seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+import torch
+
+from sfast.kernels.linear_together import are_adjacent
+from sfast.merge import Pack
+
+
+class Placement:
+    """Moves a module's weights, and remembers which, without keeping any alive."""
+
+    def __init__(self) -> None:
+        self._relaid: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
+        self._packed: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
+
+    def make_channels_last(self, weights: list[torch.Tensor]) -> bool:
+        """Give convolution weights [K, C, R, S] the layout that tensor cores read, one after the other.
+
+        Returns False if some had to stay because others look at them.
+        """
+        all_free = True
+        for weight in weights:
+            if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 4 or not weight.is_contiguous():
+                continue
+            if weight.is_contiguous(memory_format=torch.channels_last):
+                continue
+            if owned_alone([weight]):
+                _move(weight, weight.data.contiguous(memory_format=torch.channels_last))
+                self._relaid[id(weight)] = weight
+            else:
+                all_free = False
+        return all_free
+
+    def bring_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> None:
+        """Move the weights of each pack to one storage, unless they lie there already or are not free to move."""
+        for pack in packs:
+            for places in (pack.weights, pack.biases):
+                group = [weights[i] for i in places]
+                if len(group) < 2 or not _movable(group) or are_adjacent(group):
+                    continue
+                with torch.inference_mode(False), torch.no_grad():
+                    together = torch.cat([weight.data for weight in group])
+                for weight, part in zip(group, together.split([weight.shape[0] for weight in group]), strict=True):
+                    assert isinstance(weight, torch.nn.Parameter)
+                    _move(weight, part)
+                    self._packed[id(weight)] = weight
+
+    def undo(self) -> None:
+        """Every weight has a storage of its own again, in its old memory format."""
+        for weight in self._packed.values():
+            _move(weight, weight.data.clone())
+        for weight in self._relaid.values():
+            _move(weight, weight.data.contiguous())
+        self._packed.clear()
+        self._relaid.clear()
+
+
+def owned_alone(group: list[torch.Tensor]) -> bool:
+    """Whether nobody but these tensors looks at their memory."""
+    storages = [weight.untyped_storage() for weight in group]
+    among = Counter(storage.data_ptr() for storage in storages)
+    # Each of the group is an owner, and so is each entry of `storages`.
+    return all(torch._C._storage_Use_Count(s._cdata) <= 2 * among[s.data_ptr()] for s in storages)
+
+
+def _movable(group: list[torch.Tensor]) -> bool:
+    first = group[0]
+    return all(
+        type(weight) is torch.nn.Parameter
+        and weight.is_contiguous()
+        and not weight.is_inference()
+        and (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        for weight in group
+    ) and owned_alone(group)
+
+
+def _move(weight: torch.nn.Parameter, to: torch.Tensor) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        weight.data = to
