@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fixed = {"run": options.run, "torch": torch.__version__, "commit": commit()}
     deadline = time.monotonic() + options.deadline
     failures = 0
+    if device == "cpu" and not all(name.startswith("tiny") for name in options.models):
+        print("no GPU is used: the real architectures take hours like this; --models tiny takes a minute", flush=True)
     print(f"run {options.run}, torch {torch.__version__}, {device}, commit {fixed['commit']}", flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         for name in options.models:

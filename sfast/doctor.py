@@ -244,10 +244,12 @@ def check_libraries() -> Iterator[Finding]:
 def check_kernel_cache() -> Iterator[Finding]:
     """The folder in which Triton keeps compiled kernels: can it be written, and do its files read back?"""
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    if not folder.exists():
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    writable = os.access(there, os.W_OK | os.X_OK) and there.is_dir()
+    if writable and not folder.exists():
         yield Finding("kernel cache", "ok", f"{folder} does not exist yet; the first kernel makes it")
         return
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not writable:
         yield Finding(
             "kernel cache",
             "broken",

@@ -20,7 +20,7 @@ class Report:
     traces: int  # how often a module was traced: once for each structure of its arguments
     graphs: int  # captured CUDA graphs: one for each shape
     fusions: dict[str, int]  # fusion -> how many places it found
-    fallbacks: list[tuple[str, str]]  # (what, why): what runs slower than it could
+    fallbacks: list[tuple[str, str]]  # (what, why): what runs slower than it could; kernels' are of the whole process
     graph_memory: int  # bytes that captured graphs hold on the GPUs of this target
     rows: list[tuple[str, int, int, int]] = dataclasses.field(repr=False, default_factory=list)
 

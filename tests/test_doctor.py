@@ -122,6 +122,14 @@ def test_a_package_that_raises_on_import_is_a_finding(tmp_path, monkeypatch):
     assert doctor.attempt("sfast_broken_binary") == (None, "OSError: undefined symbol: _ZN3c10")
 
 
+def test_a_kernel_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    (finding,) = doctor.check_kernel_cache()
+    assert finding.state == "broken"
+    assert "cannot be written" in finding.detail
+
+
 def test_kernel_cache_states(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
