@@ -105,6 +105,8 @@ class GraphPool:
             return runner
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
+        if not self._runners:
+            self._handle = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
         runner = GraphRunner(self, inputs)
         graph = torch.cuda.CUDAGraph()
         stream = self._capture_stream
@@ -142,17 +144,16 @@ class GraphPool:
                 torch._C._cuda_endAllocateToPool(self.device.index, self._handle)
             generator = torch.cuda.default_generators[self.device.index]
             generator.graphsafe_set_state(generator.clone_state())
-        self._handle = torch.cuda.graph_pool_handle() if not self._runners else self._handle
 
     # -------------------------------------------------------------------------------------------------------- replay
 
     def replay(
-        self, runner: GraphRunner, tensors: list[torch.Tensor], copies: bool = True
+        self, runner: GraphRunner, tensors: list[torch.Tensor], into: list[torch.Tensor] | None = None
     ) -> list[torch.Tensor] | None:
         """Run one captured graph on the current stream; graphs of the pool never overlap.
 
-        Returns copies of its outputs, or with `copies=False` the outputs themselves, which the next replay overwrites;
-        None if the graph has been released, perhaps by another thread just now.
+        Returns copies of its outputs, in the tensors `into` if they are given: any other graph of the pool may overwrite
+        the outputs themselves. None if the graph has been released, perhaps by another thread just now.
         """
         with self._lock, torch.cuda.device(self.device), torch.no_grad():
             if runner.graph is None:
@@ -165,7 +166,11 @@ class GraphPool:
             for buffer, tensor in zip(runner.inputs, tensors, strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             runner.graph.replay()
-            return [output.clone() for output in runner.outputs] if copies else runner.outputs
+            if into is None:
+                return [output.clone() for output in runner.outputs]
+            for kept, output in zip(into, runner.outputs, strict=True):
+                kept.copy_(output)
+            return into
 
     # -------------------------------------------------------------------------------------------------------- memory
 
@@ -192,7 +197,6 @@ class GraphPool:
 
     def _renew(self) -> None:
         if not self._runners:
-            self._handle = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
 
 

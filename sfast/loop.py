@@ -127,8 +127,8 @@ class Loop:
     def _run_prologue(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         if self._prologue is None:
             self._hoisted = self.split.prologue(weights, tensors)
-        else:
-            self._prologue.pool.replay(self._prologue, tensors, copies=False)
+        elif self._prologue.pool.replay(self._prologue, tensors, into=self._hoisted) is None:
+            raise RuntimeError("its graph was released while it was used")
 
     def _dropped(self) -> bool:
         runners = (self._prologue, self._body)
@@ -138,13 +138,15 @@ class Loop:
         self.release()
         split, stable = self.split, set(self._stable)
         prologue = pool.capture(lambda inputs: split.prologue(weights, inputs), tensors, self._budget)
+        with torch.inference_mode(False):  # outside of the pool, where other graphs work between two steps
+            kept = [torch.empty_like(output) for output in prologue.outputs]
 
         def body(changing: list[torch.Tensor]) -> list[torch.Tensor]:
             rest = iter(changing)
-            inputs = [kept if i in stable else next(rest) for i, kept in enumerate(prologue.inputs)]
-            return split.body(weights, inputs, prologue.outputs)
+            inputs = [static if i in stable else next(rest) for i, static in enumerate(prologue.inputs)]
+            return split.body(weights, inputs, kept)
 
-        self._prologue = prologue
+        self._prologue, self._hoisted = prologue, kept
         changing = [tensor for i, tensor in enumerate(tensors) if i not in stable]
         self._body = pool.capture(body, changing, self._budget)
         if prologue.graph is None:

@@ -380,7 +380,9 @@ def _written_values(graph: Any) -> frozenset[int]:
 
 def writes(node: Any) -> bool:
     """Whether an operator writes to a tensor that was there before: in place, by `out=`, or inside of a loop or branch."""
-    return "!" in node.schema() or any(writes(inner) for block in node.blocks() for inner in block.nodes())
+    if not node.kind().startswith("prim::"):
+        return "!" in node.schema()
+    return any(writes(inner) for block in node.blocks() for inner in block.nodes())
 
 
 def _values(node: Any) -> list[Any]:

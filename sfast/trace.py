@@ -183,6 +183,7 @@ class _Repairs(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._data = torch.Tensor.data.__get__
+        self._harmless: set[tuple[int, bool]] = set()  # what `_depends_on_values` has been through already
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
@@ -190,7 +191,8 @@ class _Repairs(TorchFunctionMode):
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
         read = args if func in self._CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
-        if any(_depends_on_values(torch._C._get_value_trace(arg)) for arg in read if isinstance(arg, torch.Tensor)):
+        values = [torch._C._get_value_trace(arg) for arg in read if isinstance(arg, torch.Tensor)]
+        if any(_depends_on_values(value, self._harmless) for value in values):
             raise DecidesByValue(f"it decides in Python by the value of a tensor, {_where()}")
         return func(*args, **(kwargs or {}))
 
@@ -232,13 +234,16 @@ _SIZED_BY_VALUE = frozenset(
 )
 
 
-def _depends_on_values(value: Any) -> bool:
-    """Whether a traced value is computed from the contents of an input or from random numbers, and not from sizes alone."""
+def _depends_on_values(value: Any, harmless: set[tuple[int, bool]]) -> bool:
+    """Whether a traced value is computed from the contents of an input or from random numbers, and not from sizes alone.
+
+    Values that are not are remembered in `harmless`, so that all questions about a graph go through it once.
+    """
     seen: set[tuple[int, bool]] = set()
     pending = [(value, False)]
     while pending:
         value, for_size = pending.pop()
-        if (value.unique(), for_size) in seen:
+        if (value.unique(), for_size) in seen or (value.unique(), for_size) in harmless:
             continue
         seen.add((value.unique(), for_size))
         node = value.node()
@@ -250,6 +255,7 @@ def _depends_on_values(value: Any) -> bool:
         if found:
             return True
         pending += [(source, for_size or node.kind() in _SHAPE_READERS) for source in node.inputs()]
+    harmless |= seen
     return False
 
 
