@@ -110,8 +110,9 @@ class Component:
                 del self.module.__dict__["forward"]
             else:
                 self.module.__dict__["forward"] = self._own_forward
-        self._forget()
-        self._placement.undo()
+        with self._lock:
+            self._forget()
+            self._placement.undo()
 
     # --------------------------------------------------------------------------------------------------------- calling
 
@@ -137,8 +138,8 @@ class Component:
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
             tensors = [tensor if tensor.is_cuda else tensor.to(device) for tensor in tensors]
-        types_ = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
-        signature = (call, types_, self.state.key(), _autocast(device.type))
+        kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
+        signature = (call, kinds, self.state.key(), _autocast(device.type))
         shapes = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
         plan = self._plans.get((signature, shapes)) or self._plans.get(signature)
         if plan is None:
@@ -248,7 +249,7 @@ class Component:
             oldest = next(iter(self._plans))
             self._drop(self._plans.pop(oldest))
         with fallback.timed(f"{self.name}: the eager call"):
-            check = verify.Check(self, args, kwargs, tensors) if self.config.verify else None
+            check = verify.Check(self, args, kwargs) if self.config.verify else None
         if check is not None and check.refused is not None:
             return self._give_up(signature, shapes, check.refused, check, args, kwargs)
 

@@ -8,7 +8,6 @@ what is written through `tensor.data` has no version.
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 import torch
@@ -74,18 +73,14 @@ class Loop:
         self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
         self._pointers: tuple[int, ...] = ()
         self._picture = -1
-        self._lock = threading.RLock()
 
     def __call__(
         self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The flat output tensors; `pointers` are the addresses of the weights, `picture` is another for each loop."""
-        with self._lock:  # another thread's prompt must not come between prologue and body
-            return self._run(weights, pointers, picture, tensors)
+        """The flat output tensors; `pointers` are the addresses of the weights, `picture` is another for each loop.
 
-    def _run(
-        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+        Only for one thread at a time: another one's prompt must not come between prologue and body.
+        """
         self.calls += 1
         if self._pool is not None and (self._dropped() or pointers != self._pointers):
             self._capture(self._pool, weights, tensors)
@@ -113,12 +108,11 @@ class Loop:
 
     def release(self) -> None:
         """Give the graphs up."""
-        with self._lock:
-            for runner in (self._prologue, self._body):
-                if runner is not None:
-                    runner.pool.drop(runner)
-            self._prologue = self._body = None
-            self._hoisted, self._read = [], []
+        for runner in (self._prologue, self._body):
+            if runner is not None:
+                runner.pool.drop(runner)
+        self._prologue = self._body = None
+        self._hoisted, self._read = [], []
 
     def graphs(self) -> int:
         """How many captured graphs there are."""

@@ -25,7 +25,7 @@ TOLERANCE_TF32 = 5e-3  # fp32 on a GPU, where convolutions and matrix products m
 class Check:
     """Runs eager once, and compares what compiled code makes of the same inputs and random numbers."""
 
-    def __init__(self, component: Component, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, component: Component, args: Any, kwargs: Any) -> None:
         self.refused: str | None = None  # why this call must not be compiled at all
         state = component.state
         self._device = state.device
