@@ -30,7 +30,7 @@ from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options
 from sfast.kernels.triton_or_none import triton, triton_takes
 
-IN_REGISTERS = 8192  # elements of a group that one program keeps; more would fit, but larger ones compile for long
+IN_REGISTERS = 16384  # elements of a group that one program keeps; twice as many would fit, but compile for seconds
 LARGE = 1 << 24  # elements of x from which on throughput counts for more than latency
 
 
