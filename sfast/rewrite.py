@@ -75,7 +75,7 @@ _WHOLE = 2**63 - 1  # the end of `x[:]`
 
 def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None) -> None:
     """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
-    written_to = any(writes(node) for node in graph.nodes())  # then `x / 1` may be a copy that is written to
+    written_to: bool | None = None  # whether `x / 1` may be a copy that is written to; looked up when it is asked
     for node in list(graph.nodes()):
         kind = node.kind()
         if kind not in _IDENTITIES:
@@ -85,8 +85,10 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         if kind == "aten::slice":
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
         elif kind in ("aten::div", "aten::mul"):
-            harmless = same_dtype is not None and same_dtype(node) and not written_to and _any_layout_will_do(node)
-            identity = len(inputs) == 2 and _is_one(constants[1]) and harmless
+            identity = len(inputs) == 2 and _is_one(constants[1]) and same_dtype is not None and same_dtype(node)
+            if identity and written_to is None:
+                written_to = any(map(writes, graph.nodes()))
+            identity = identity and not written_to and _any_layout_will_do(node)
         else:
             identity = constants[2] is False
         if identity:
@@ -144,10 +146,11 @@ _READ_ANY_LAYOUT = frozenset(
 
 def _drop_layout_copies(graph: Any) -> None:
     """Remove `x.contiguous()` where every reader takes any layout: with channels-last it would only undo what conv wants."""
-    if any(writes(node) for node in graph.nodes()):
-        return  # then a copy may be there to be written to
-    for node in list(graph.nodes()):
-        if node.kind() == "aten::contiguous" and _any_layout_will_do(node):
+    copies = [node for node in graph.nodes() if node.kind() == "aten::contiguous"]
+    if not copies or any(map(writes, graph.nodes())):
+        return  # where something is written in place, a copy may be there to be written to
+    for node in copies:
+        if _any_layout_will_do(node):
             node.output().replaceAllUsesWith(node.inputsAt(0))
             node.destroy()
 
@@ -380,9 +383,10 @@ def _written_values(graph: Any) -> frozenset[int]:
 
 def writes(node: Any) -> bool:
     """Whether an operator writes to a tensor that was there before: in place, by `out=`, or inside of a loop or branch."""
-    if not node.kind().startswith("prim::"):
-        return "!" in node.schema()
-    return any(writes(inner) for block in node.blocks() for inner in block.nodes())
+    kind = node.kind()
+    if kind in ("prim::If", "prim::Loop"):
+        return any(writes(inner) for block in node.blocks() for inner in block.nodes())
+    return not kind.startswith("prim::") and "!" in node.schema()
 
 
 def _values(node: Any) -> list[Any]:
