@@ -76,13 +76,15 @@ class Component:
         self.name = name
         self.module = module
         self.config = config
-        self.eager: Callable[..., Any] = module.forward
+        # Below accelerate's hook, if there is one: it has moved the weights to the GPU before a call comes to us.
+        self._place = "_old_forward" if {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else "forward"
+        self._own_forward = module.__dict__.get(self._place)  # somebody else's, to be put back
+        self.eager: Callable[..., Any] = module.forward if self._own_forward is None else self._own_forward
         self.state = ModuleState(module)
         self.fusions = chosen_fusions(config)
         self.pictures = pictures or Pictures()  # shared by the components of a pipeline
         self._hoists = pictures is not None if config.enable_hoisting is None else config.enable_hoisting
         self.fallbacks: dict[str, None] = {}
-        self._own_forward = module.__dict__.get("forward")  # somebody else's replacement, to be put back
         self._traces: dict[Hashable, list[Trace | EagerCall]] = {}
         self._traced = 0  # how often, over the whole life
         self._version = self.state.version
@@ -90,7 +92,7 @@ class Component:
         self._placement = Placement()
         self._lock = threading.RLock()
         self._active = True
-        functools.update_wrapper(self, self.eager)
+        functools.update_wrapper(self, self.eager, updated=())
 
     def __reduce__(self) -> Any:
         # A copied or unpickled module is as it was before.
@@ -100,16 +102,18 @@ class Component:
 
     def install(self) -> None:
         """Take the place of the module's forward."""
-        self.module.__dict__["forward"] = self
+        self.module.__dict__[self._place] = self
 
     def remove(self) -> None:
         """Put the module back as it was, bit for bit, and release all graphs."""
         self._active = False  # where another library has wrapped us, we only pass calls on
-        if self.module.__dict__.get("forward") is self:
-            if self._own_forward is None:
-                del self.module.__dict__["forward"]
+        for place in ("forward", "_old_forward"):
+            if self.module.__dict__.get(place) is not self:
+                continue
+            if self._own_forward is None and place == "forward":
+                del self.module.__dict__[place]
             else:
-                self.module.__dict__["forward"] = self._own_forward
+                self.module.__dict__[place] = self.eager
         with self._lock:
             self._forget()
             self._placement.undo()

@@ -292,6 +292,34 @@ def test_threads_prepare_once_and_do_not_mix_their_prompts(net: Net) -> None:
     assert (report.traces, report.fallbacks) == (1, [])
 
 
+def test_wrapped_by_another_library_before_compile(net: Net) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Doubles(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (args[0] * 2, *args[1:]), kwargs
+
+    eager = copy.deepcopy(net)
+    add_hook_to_module(net, Doubles())
+    wrapper = net.forward
+    sfast.compile(net)
+    assert net.forward is wrapper  # we stand below it: what it moves is there when a call reaches us
+    x = torch.randn(2, 6)
+    for _ in range(2):
+        agree(net(x), eager(x * 2))
+    assert (sfast.report(net).traces, sfast.report(net).fallbacks) == (1, [])
+    assert sfast.compile(net).forward is wrapper
+    sfast.restore(net)
+    agree(net(x), eager(x * 2))
+    assert sfast.report(net).components == []
+    sfast.compile(net)
+    remove_hook_from_module(net)
+    agree(net(x), eager(x))
+    assert sfast.report(net).components == ["Net"]
+    sfast.restore(net)
+    agree(net(x), eager(x))
+
+
 def test_copies_and_pickles_are_ordinary_modules(net: Net) -> None:
     sfast.compile(net)
     x = torch.randn(2, 6)
