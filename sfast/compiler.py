@@ -16,6 +16,7 @@ from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.config import CompilationConfig
 from sfast.loop import Pictures
+from sfast.trace import is_scripted
 from sfast.versions import check_torch
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ def _check_has_data(name: str, module: torch.nn.Module) -> None:
 
 
 def _unsupported(module: torch.nn.Module) -> str | None:
-    if isinstance(module, torch.jit.ScriptModule):
+    if is_scripted(module):
         return "it is a TorchScript module already"
     weight = next(module.parameters(), None)
     if weight is None:

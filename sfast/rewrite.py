@@ -2,7 +2,7 @@
 
 A pattern is a function; it is traced and normalized like the model itself, so that both are spelled alike. The matcher
 walks back from the pattern's result through the graph: constants are compared by value, `add` and `mul` in both orders,
-and a value that someone outside the match still reads refuses the fusion. This is the only code that edits a graph.
+and a value that someone outside the match still reads refuses the fusion. `merge.py` and `hoist.py` edit graphs, too.
 """
 
 from __future__ import annotations
@@ -158,12 +158,9 @@ def _drop_layout_copies(graph: Any) -> None:
 def _any_layout_will_do(node: Any) -> bool:
     """Whether every reader of a copy may as well read what was copied, whatever its strides."""
     readers = [use.user for use in node.output().uses()]
-    return all(reader.kind() in _READ_ANY_LAYOUT or _only_concatenated(reader) for reader in readers)
-
-
-def _only_concatenated(node: Any) -> bool:
-    lists = node.kind() == "prim::ListConstruct"
-    return lists and all(use.user.kind() == "aten::cat" for use in node.output().uses())
+    lists = [reader for reader in readers if reader.kind() == "prim::ListConstruct"]
+    readers += [use.user for node in lists for use in node.output().uses()]  # a list is read by what concatenates it
+    return all(reader.kind() in _READ_ANY_LAYOUT or reader in lists for reader in readers)
 
 
 def _constants_first(graph: Any) -> None:

@@ -308,6 +308,11 @@ def _plain_interpreter() -> Iterator[None]:
         torch._C._set_graph_executor_optimize(before)
 
 
+def is_scripted(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is TorchScript already, and no Python that could be traced."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def is_tracing() -> bool:
     """Whether someone (we, or the user's own trace) is tracing right now."""
     return torch._C._get_tracing_state() is not None
