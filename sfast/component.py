@@ -279,6 +279,9 @@ class Component:
                     check.rewind()  # tracing and warming up have drawn random numbers, too
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
+            except torch.OutOfMemoryError as exception:  # there may be more at the next call
+                self._note(f"ran eager once at {describe_shapes(tensors)}: {_first_line(exception)}")
+                return self.eager(*args, **kwargs) if check is None else check.give_back()
             except DecidesByValue as exception:  # so it does at every shape
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
@@ -332,10 +335,7 @@ class Component:
     ) -> Any:
         self._note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
         self._plans[signature if shapes is None else (signature, shapes)] = Plan(None)
-        if check is None:
-            return self.eager(*args, **kwargs)
-        check.finish()
-        return check.expected
+        return self.eager(*args, **kwargs) if check is None else check.give_back()
 
     def _bring_together(self, call: Trace | EagerCall) -> None:
         """Make neighbours in memory of the weights that a merged linear layer reads as one matrix."""

@@ -487,6 +487,25 @@ def test_a_rewritten_graph_that_fails_leaves_the_traced_one() -> None:
     assert sfast.report(compiled).traces == 1
 
 
+def test_out_of_memory_is_tried_again(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = pair(net)
+    run, fails = Trace.run, [True]
+
+    def sometimes(self: Trace, weights: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        if fails:
+            fails.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, weights, tensors)
+
+    monkeypatch.setattr(Trace, "run", sometimes)
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    assert sfast.report(net).traces == 0
+    assert "ran eager once at 2x6: OutOfMemoryError" in sfast.report(net).fallbacks[0][1]
+    agree(compiled(x), eager(x))
+    assert sfast.report(net).traces == 1
+
+
 def test_a_graph_that_is_always_wrong_falls_back_with_shape_and_error(
     net: Net, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
