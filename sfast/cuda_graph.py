@@ -12,7 +12,6 @@ import contextlib
 import gc
 import itertools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -112,7 +111,7 @@ class GraphPool:
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
-            with timed("  compiling kernels and choosing plans"), _no_waiting():
+            with timed("  compiling kernels and choosing plans"):
                 function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
@@ -142,6 +141,7 @@ class GraphPool:
             logger.debug("an invalid capture ended: %s", error)
             with contextlib.suppress(RuntimeError):  # this torch tells the allocator first
                 torch._C._cuda_endAllocateToPool(self.device.index, self._handle)
+                torch._C._cuda_releasePool(self.device.index, self._handle)
             generator = torch.cuda.default_generators[self.device.index]
             generator.graphsafe_set_state(generator.clone_state())
 
@@ -210,16 +210,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Raise where work waits for the GPU: inside a capture that would spoil more than the capture."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
