@@ -51,6 +51,8 @@ def _early(graph: Any, nodes: list[Any], weights: int, stable: frozenset[int]) -
             early[value.unique()] = place >= weights
     for node in nodes:
         inputs = [value.unique() for value in node.inputs()]
+        if any(True for _ in node.blocks()):
+            continue  # a loop or branch also reads values that are not among its inputs
         if all(key in early for key in inputs):
             depends = any(early[key] for key in inputs)
             early.update((value.unique(), depends) for value in node.outputs())

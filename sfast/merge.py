@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sfast.rewrite import written_values
+
 NAME = "linear_together"
 MAX_BYTES = 256 * 2**20  # of one group: so much memory is taken for the moment of moving its weights
 
@@ -28,12 +30,14 @@ class Pack:
 def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
     """Merge groups of `aten::linear` in place; the first inputs of the graph are `weights`."""
     places = {value.unique(): i for i, value in enumerate(list(graph.inputs())[: len(weights)])}
+    written = written_values(graph)  # between two layers they may change
     groups: dict[Any, list[Any]] = defaultdict(list)
     for node in graph.findAllNodes("aten::linear", False):
         x, weight, bias = node.inputs()
         has_bias = str(bias.type()) != "NoneType"
         known = weight.unique() in places and (not has_bias or bias.unique() in places)
-        if known and x.node().kind() != "prim::Param":
+        read = {x.unique(), weight.unique(), bias.unique()}
+        if known and x.node().kind() != "prim::Param" and written.isdisjoint(read):
             groups[x.unique(), has_bias].append(node)
     packs = []
     taken: set[int] = set()

@@ -67,20 +67,26 @@ class Placement:
 def owned_alone(group: list[torch.Tensor]) -> bool:
     """Whether nobody but these tensors looks at their memory."""
     storages = [weight.untyped_storage() for weight in group]
-    among = Counter(storage.data_ptr() for storage in storages)
-    # Each of the group is an owner, and so is each entry of `storages`.
-    return all(torch._C._storage_Use_Count(s._cdata) <= 2 * among[s.data_ptr()] for s in storages)
+    # Each of the group is an owner, and so is each Python object: tensors of one storage give the same one.
+    owners = Counter(storage._cdata for storage in storages)
+    owners.update(storage._cdata for storage in {id(storage): storage for storage in storages}.values())
+    return all(torch._C._storage_Use_Count(storage._cdata) <= owners[storage._cdata] for storage in storages)
 
 
 def _movable(group: list[torch.Tensor]) -> bool:
     first = group[0]
-    return all(
-        type(weight) is torch.nn.Parameter
-        and weight.is_contiguous()
-        and not weight.is_inference()
-        and (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
-        for weight in group
-    ) and owned_alone(group)
+    tied = len(set(map(torch.Tensor.data_ptr, group))) < len(group)  # to each other, as `a.data = b.data` does
+    return (
+        not tied
+        and all(
+            type(weight) is torch.nn.Parameter
+            and weight.is_contiguous()
+            and not weight.is_inference()
+            and (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+            for weight in group
+        )
+        and owned_alone(group)
+    )
 
 
 def _move(weight: torch.nn.Parameter, to: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
     fired: Counter[str] = Counter()
     if fusions:
         normalize(graph)
-        unsafe = _written_values(graph)
+        unsafe = written_values(graph)
         fired.update({fusion.name: fuse(graph, fusion, unsafe) for fusion in fusions})
         _renew_constant_results(graph)
     torch._C._jit_pass_dce(graph)
@@ -355,7 +355,7 @@ def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | 
     return place
 
 
-def _written_values(graph: Any) -> frozenset[int]:
+def written_values(graph: Any) -> frozenset[int]:
     """Ids of all values that may share memory with one that an operator writes to."""
     if not any(writes(node) for node in graph.nodes()):
         return frozenset()

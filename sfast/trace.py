@@ -82,7 +82,8 @@ class Split:
     ) -> list[torch.Tensor]:
         """The flat output tensors."""
         results = _interpret(self._body, [*[weights[i] for i in self.body_weights], *tensors, *hoisted])
-        return self.whole._finish(results)
+        kept = {value.untyped_storage().data_ptr() for value in hoisted}  # the caller may write to what it gets
+        return [r.clone() if r.untyped_storage().data_ptr() in kept else r for r in self.whole._finish(results)]
 
 
 def _interpret(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -155,6 +156,7 @@ class _Repairs(TorchFunctionMode):
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
     - `round()` of a size works.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
+    - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
     - A tensor's *value* that becomes a Python number refuses the trace: the next call may decide otherwise.
     """
@@ -170,6 +172,7 @@ class _Repairs(TorchFunctionMode):
             torch.Tensor.tolist,
             torch.Tensor.numpy,
             torch.Tensor.__array__,
+            torch.Tensor.__dlpack__,
             torch.Tensor.__contains__,
             torch.Tensor.equal,
             torch.Tensor.allclose,
@@ -190,6 +193,10 @@ class _Repairs(TorchFunctionMode):
             return args[0].detach()
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
+        if func in _TAKE_A_NUMBER or (func is torch.full and "dtype" in (kwargs or {})):
+            args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
+            names = ("value", "fill_value", "other")
+            kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
         read = args if func in self._CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
         values = [torch._C._get_value_trace(arg) for arg in read if isinstance(arg, torch.Tensor)]
         if any(_depends_on_values(value, self._harmless) for value in values):
@@ -219,6 +226,16 @@ def _repeat_each(
     return wide.reshape(*before, x.shape[dim] * repeats, *after)
 
 
+# The dtype of their results does not depend on their number's.
+_TAKE_A_NUMBER = frozenset(
+    (
+        *(torch.full_like, torch.masked_fill, torch.index_fill, torch.scatter, torch.eq, torch.ne),
+        *(torch.Tensor.new_full, torch.Tensor.fill_, torch.Tensor.masked_fill, torch.Tensor.masked_fill_),
+        *(torch.Tensor.index_fill, torch.Tensor.index_fill_, torch.Tensor.scatter, torch.Tensor.scatter_),
+        *(torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.__eq__, torch.Tensor.__ne__),
+    )
+)
+
 _CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
 
 
@@ -230,7 +247,10 @@ def _listed(data: Any = None) -> list[Any]:
 _SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
 _SIZED_BY_VALUE = frozenset(
     f"aten::{name}"
-    for name in ("nonzero", "masked_select", "unique", "unique_dim", "_unique", "_unique2", "unique_consecutive")
+    for name in (
+        *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount", "repeat_interleave", "arange"),
+        *("unique", "unique_dim", "_unique", "_unique2", "unique_consecutive"),
+    )
 )
 
 
@@ -247,20 +267,23 @@ def _depends_on_values(value: Any, harmless: set[tuple[int, bool]]) -> bool:
             continue
         seen.add((value.unique(), for_size))
         node = value.node()
-        if for_size:
-            found = _is_sized_by_value(node)
-        else:
-            drawn = node.isNondeterministic() and node.kind() != "aten::dropout"
-            found = drawn or node.kind() == "prim::Param" or _is_sized_by_value(node)
-        if found:
+        drawn = node.isNondeterministic() and node.kind() != "aten::dropout"
+        if not for_size and (drawn or node.kind() == "prim::Param"):
             return True
-        pending += [(source, for_size or node.kind() in _SHAPE_READERS) for source in node.inputs()]
+        for_size = node.kind() in _SHAPE_READERS or (for_size and not _is_sized_by_value(node))
+        pending += [(source, for_size) for source in node.inputs()]
     harmless |= seen
     return False
 
 
 def _is_sized_by_value(node: Any) -> bool:
-    """Whether the size of an operator's result depends on values: of `nonzero`, or of `x[mask]`."""
+    """Whether the size of an operator's result depends on what is in its inputs: of `nonzero`, or of `x[mask]`."""
+    if node.kind() == "aten::where":
+        return bool(node.inputsSize() == 1)
+    if node.kind() == "aten::repeat_interleave" and str(node.inputsAt(1).type()) == "int":
+        return bool(
+            node.inputsSize() < 4
+        )  # four inputs: as many repeats of each; two: repeats, and the size of the result
     if node.kind() != "aten::index":
         return node.kind() in _SIZED_BY_VALUE
     indices = node.inputsAt(1).node()

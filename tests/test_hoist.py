@@ -147,6 +147,19 @@ def test_inference_tensors_carry_no_version_and_are_not_trusted(pair: tuple[Step
     assert loop_of(compiled) is None
 
 
+def test_inference_tensors_after_others(pair: tuple[Step, Step]) -> None:
+    eager, compiled = pair
+    prompt = torch.randn(2, 3, 6)
+    for x, t in steps():
+        agree(compiled(x, t, prompt), eager(x, t, prompt))
+    assert loop_of(compiled) is not None
+    with torch.inference_mode():
+        prompt = torch.randn(2, 3, 6)
+        for x, t in steps():
+            agree(compiled(x, t, prompt), eager(x, t, prompt))
+            prompt.mul_(2)
+
+
 def test_the_same_call_again_is_computed_again(pair: tuple[Step, Step]) -> None:
     _, compiled = pair
     x, t, prompt = torch.randn(2, 5, 4), torch.tensor(1.0), torch.randn(2, 3, 6)
@@ -169,6 +182,48 @@ def test_a_module_that_writes_in_place_is_left_whole() -> None:
     prompt = torch.randn(2, 3, 6)
     for x, t in steps(5):
         agree(compiled(x, t, prompt), eager(x, t, prompt))
+
+
+@torch.jit.script
+def add_to_many(prompt: Tensor, x: Tensor) -> Tensor:
+    if prompt.size(1) > 1:
+        result = prompt + x
+    else:
+        result = prompt
+    return result
+
+
+def test_a_branch_is_not_known_before_what_is_read_inside_of_it() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+            return add_to_many(self.key(prompt), x.sigmoid()) + x
+
+    module = Branch().eval().requires_grad_(False)
+    eager, compiled = copy.deepcopy(module), sfast.compile(module, HOISTING)
+    prompt = torch.randn(2, 5, 6)
+    for x, _ in steps(5):
+        agree(compiled(x, prompt), eager(x, prompt))
+    assert loop_of(compiled) is not None
+
+
+def test_a_caller_may_write_to_a_hoisted_result() -> None:
+    class Both(Step):
+        def forward(self, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            embedded = self.embed(prompt)
+            return self.query(x).sum() + embedded, embedded.view(-1)
+
+    module = Both().eval().requires_grad_(False)
+    eager, compiled = copy.deepcopy(module), sfast.compile(module, HOISTING)
+    prompt = torch.randn(2, 3, 6)
+    for x, _ in steps(5):
+        result, embedded = compiled(x, prompt)
+        agree(result, eager(x, prompt)[0])
+        embedded.zero_()
+    assert loop_of(compiled) is not None
 
 
 def test_switched_off(pair: tuple[Step, Step]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sfast
 from sfast import CompilationConfig, merge
 from sfast.kernels.linear_together import are_adjacent
+from sfast.placement import owned_alone
 from tests import tiny
 
 
@@ -128,6 +129,45 @@ def test_weights_that_others_look_at_are_not_moved() -> None:
     state["q.weight"].mul_(3)
     eager.q.weight.mul_(3)
     agree(compiled(x), eager(x))
+
+
+def test_weights_tied_to_each_other_stay_tied() -> None:
+    module = Attention()
+    module.k.weight.data = module.q.weight.data
+    eager, compiled = pair(module)  # the copy is not tied any more
+    for x in (torch.randn(2, 5, 6), torch.randn(1, 3, 6)):
+        compiled.q.weight.mul_(2)
+        eager.q.weight.mul_(2)
+        eager.k.weight.mul_(2)
+        agree(compiled(x), eager(x))
+
+
+def test_a_look_at_weights_that_are_neighbours_already_is_noticed() -> None:
+    a, b = [nn.Parameter(part, requires_grad=False) for part in torch.zeros(7, 3).split([3, 4])]
+    assert owned_alone([a, b])
+    look = a.data
+    assert not owned_alone([a, b])
+    del look
+    assert owned_alone([b, a])
+    assert not owned_alone([a])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_is_written_to_between_two_layers_keeps_them_apart(verify: bool) -> None:
+    class Masked(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            q = self.q(y)
+            y[:, 0] = 0
+            return q * self.k(y)
+
+    module = Masked().eval().requires_grad_(False)
+    eager, compiled = copy.deepcopy(module), sfast.compile(module, CompilationConfig(verify=verify))
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    report = sfast.report(compiled)
+    assert "linear_together" not in report.fusions
+    assert report.fallbacks == []
 
 
 def test_switched_off() -> None:

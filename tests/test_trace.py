@@ -120,6 +120,55 @@ def test_decision_by_comparison_is_refused(decide: Callable[[Tensor], bool]) -> 
         _trace(lambda x: x + 1 if decide(x * 2) else x, torch.randn(3))
 
 
+@pytest.mark.parametrize(
+    "sized",
+    [
+        lambda x: torch.where(x > 0)[0],
+        lambda x: (x > 0).nonzero(as_tuple=True)[0],
+        lambda x: torch.argwhere(x > 0),
+        lambda x: torch.bincount(x.long().abs()),
+        lambda x: x.repeat_interleave((x > 0).long()),
+        lambda x: torch.repeat_interleave((x > 0).long()),
+        lambda x: torch.arange((x > 0).sum()),
+    ],
+    ids=["where", "nonzero_tuple", "argwhere", "bincount", "repeat_each", "repeat", "arange"],
+)
+def test_decision_by_a_size_that_depends_on_values_is_refused(sized: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(DecidesByValue):
+        _trace(lambda x: x + 1 if sized(x).shape[0] > 2 else x, torch.ones(3))
+
+
+def test_sizes_out_of_sizes_are_allowed() -> None:
+    def forward(x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0]).repeat_interleave(2)
+        mask = torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).tril()
+        assert x.repeat_interleave(3, 0).shape[0] > 2
+        return x + 1 if places.shape[0] > 2 and mask.nonzero().shape[0] > 2 else x
+
+    traced, _ = _trace(forward, torch.zeros(3))
+    assert torch.equal(traced.run([], [torch.zeros(3)])[0], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: (x > 1).masked_fill(x > 0, True),
+        lambda x: (x > 1).fill_(True),
+        lambda x: torch.full((3,), True, dtype=torch.bool) & (x > 0),
+        lambda x: (x > 1).new_full((3,), fill_value=True) & (x > 0),
+        lambda x: (x > 0) == True,  # noqa: E712
+        lambda x: x.masked_fill(x > 0, True),
+    ],
+    ids=["masked_fill", "fill", "full", "new_full", "eq", "masked_fill_of_floats"],
+)
+def test_true_as_a_number(use: Callable[[Tensor], Tensor]) -> None:
+    traced, _ = _trace(use, torch.randn(3))
+    x = torch.randn(3)
+    result = traced.run([], [x])[0]
+    assert torch.equal(result, use(x))
+    assert result.dtype is use(x).dtype
+
+
 def test_decision_by_size_is_allowed() -> None:
     def forward(x: Tensor) -> Tensor:
         return x + 1 if x.shape[0] > 2 else x - 1
