@@ -88,8 +88,10 @@ def _checked(config: CompilationConfig | None) -> CompilationConfig:
 
 
 def _check_has_data(name: str, module: torch.nn.Module) -> None:
+    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return  # accelerate has offloaded it, or parts of it, and knows where the data is
     for weight_name, weight in module.named_parameters():
-        if weight.is_meta and not hasattr(module, "_hf_hook"):
+        if weight.is_meta:
             raise ValueError(
                 f"`{name}` cannot be compiled: its weight `{weight_name}` is on the meta device and has no data. "
                 "Load the weights first (`from_pretrained`, `to_empty` and `load_state_dict`)."

@@ -89,9 +89,10 @@ class Loop:
             self._pointers, self._picture = pointers, picture
         reads = [tensors[i] for i in self._stable] + [weights[i] for i in self.split.prologue_weights]
         if len(reads) != len(self._read) or any(
-            [a is not b or version_of(a) != version for a, (b, version) in zip(reads, self._read, strict=True)]
+            [a is not b or not version_of(a) == version >= 0 for a, (b, version) in zip(reads, self._read, strict=True)]
         ):
             self.misses += 1
+            self._read = []  # should it be interrupted, nothing is known
             self._run_prologue(weights, tensors)
             self._read = [(tensor, version_of(tensor)) for tensor in reads]
         if self._body is None:

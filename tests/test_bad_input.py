@@ -183,6 +183,17 @@ def test_one_meta_weight_among_real_ones_is_enough() -> None:
     assert "forward" not in vars(block)
 
 
+def test_weights_that_accelerate_has_offloaded_one_by_one(pipe: Pipeline) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    before = draw(pipe)
+    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+        accelerate.cpu_offload(module, "cpu")  # as `enable_sequential_cpu_offload` does, which needs a GPU
+    sfast.compile(pipe)
+    assert torch.equal(draw(pipe), before)
+    sfast.restore(pipe)
+    assert torch.equal(draw(pipe), before)
+
+
 # The machine.
 
 
