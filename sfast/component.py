@@ -94,8 +94,9 @@ class Component:
         self._active = True
         functools.update_wrapper(self, self.eager, updated=())
 
-    def __reduce__(self) -> Any:
-        # A copied or unpickled module is as it was before.
+    __dict__ = property(lambda self: {})  # what wraps us copies it, as functools.wraps does
+
+    def __reduce__(self) -> Any:  # a copied or unpickled module is as it was before
         return (_eager_forward, (self.module,)) if self._own_forward is None else (_itself, (self._own_forward,))
 
     # ------------------------------------------------------------------------------------------------- install, remove
@@ -306,10 +307,7 @@ class Component:
     def _candidates(
         self, signature: Hashable, call: Hashable, tensors: list[torch.Tensor]
     ) -> list[tuple[Callable[[], Trace | EagerCall], bool]]:
-        """Ways to compute this call, best first: a trace that served another shape, a new one, one without fusions.
-
-        With each, whether it is the one without fusions.
-        """
+        """Ways to compute this call, best first: a trace of another shape, a new one, one without fusions (and True)."""
         if not self.config.enable_jit:
             return [(functools.partial(EagerCall, self.eager, call), False)]
         weights = self.state.weights

@@ -332,6 +332,19 @@ def test_copies_and_pickles_are_ordinary_modules(net: Net) -> None:
     agree(net(x), expected)
 
 
+def test_copies_under_a_wrapper_of_later(net: Net) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    sfast.compile(net)
+    x = torch.randn(2, 6)
+    expected = net(x)
+    add_hook_to_module(net, ModelHook())
+    other = copy.deepcopy(net)
+    other.inner.weight.zero_()
+    agree(net(x), expected)
+    assert not torch.allclose(other(x)["y"], expected["y"])
+
+
 def test_signature_stays_readable(net: Net) -> None:
     before = inspect.signature(net.forward)
     assert inspect.signature(sfast.compile(net).forward) == before
