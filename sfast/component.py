@@ -154,7 +154,11 @@ class Component:
                     return self._prepare(signature, shapes, call, tensors, args, kwargs)
         if plan.call is None:
             return self.eager(*args, **kwargs)
-        return plan.call.unflatten(self._run(plan, tensors))
+        try:
+            return plan.call.unflatten(self._run(plan, tensors))
+        except Exception as error:  # or it is eager's own: then eager raises it
+            self._note(f"ran eager at {describe_shapes(tensors)}: {_first_line(error)}")
+            return self.eager(*args, **kwargs)
 
     def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         assert plan.call is not None
@@ -175,7 +179,7 @@ class Component:
         return outputs
 
     def _look_for_a_loop(
-        self, plan: Plan, watch: Watch, tensors: list[torch.Tensor], outputs: list[torch.Tensor]
+        self, plan: Plan, watch: Watch, tensors: list[torch.Tensor], whole: list[torch.Tensor]
     ) -> None:
         """Split the plan's call where some of its tensors are the same as in the last call and decide something."""
         stable = watch.stable(tensors)
@@ -191,8 +195,8 @@ class Component:
             result = self._run_loop(plan, loop, tensors)
             if result is None:
                 return
-            pairs = zip(result, outputs, strict=True) if self.config.verify else ()
-            if not all(verify.relative_error(mine, whole) <= verify.tolerance(whole) for mine, whole in pairs):
+            pairs = zip(result, whole, strict=True) if self.config.verify else ()
+            if not all(verify.relative_error(mine, right) <= verify.tolerance(right) for mine, right in pairs):
                 loop.release()
                 self._note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
                 return

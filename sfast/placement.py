@@ -55,11 +55,18 @@ class Placement:
                     self._packed[id(weight)] = weight
 
     def undo(self) -> None:
-        """Every weight has a storage of its own again, in its old memory format."""
-        for weight in self._packed.values():
-            _move(weight, weight.data.clone())
-        for weight in self._relaid.values():
-            _move(weight, weight.data.contiguous())
+        """Every weight has a storage of its own again, in its old memory format; but for those that others look at."""
+        packed, relaid = list(self._packed.values()), list(self._relaid.values())
+        together: dict[int, list[torch.nn.Parameter]] = {}
+        for weight in packed:
+            together.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
+        for group in together.values():
+            if owned_alone([*group]):
+                for weight in group:
+                    _move(weight, weight.data.clone())
+        for weight in relaid:
+            if owned_alone([weight]):
+                _move(weight, weight.data.contiguous())
         self._packed.clear()
         self._relaid.clear()
 

@@ -106,11 +106,10 @@ class ModuleState:
 
     def refresh_after_eager(self) -> None:
         """`refresh`, where it was the module's own forward that changed things: it may, a trace does not depend on it."""
-        version, before, number = self.version, self._tree.attributes, self._attributes
+        version, before, number = self.version, self._tree, self._attributes
         self.refresh()
         self._unrest += self.version != version
-        now = self._tree.attributes
-        own = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+        own = _exchanged(before, self._tree)
         if own:
             self._own |= own
             self._number_attributes(number)
@@ -129,12 +128,12 @@ class ModuleState:
         self.refresh()
 
     def changes_itself(self) -> bool:
-        """Whether the forward, run once more, has changed again an attribute that it had changed before: a counter."""
+        """Whether the forward, run once more, has changed again what it had changed before: a counter, a kept result."""
         if not self._own or self._tree.same():
             return False
-        before = self._tree.attributes
+        before = self._tree
         self.refresh_after_eager()
-        return any(before.get(name) != self._tree.attributes.get(name) for name in self._own)
+        return not self._own.isdisjoint(_exchanged(before, self._tree))
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes, and which adapters are active."""
@@ -214,6 +213,14 @@ _WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
 _OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
 _OF_ADAPTERS = frozenset(("scaling", "merged_adapters", "_active_adapter", "_disable_adapters"))  # `_adapter_state`
 _WRAPPERS = ("_hf_hook", "_diffusers_hook")
+
+
+def _exchanged(before: _Tree, after: _Tree) -> set[str]:
+    """Names of the attributes that have another value, or are another tensor, than before."""
+    values = before.attributes.keys() | after.attributes.keys()
+    old, new = dict(before.weights), dict(after.weights)
+    tensors = {name for name in old.keys() | new.keys() if old.get(name) is not new.get(name)}
+    return tensors | {name for name in values if before.attributes.get(name) != after.attributes.get(name)}
 
 
 def _read(root: torch.nn.Module) -> _Tree:

@@ -408,6 +408,7 @@ class Odd(nn.Module):
         super().__init__()
         self.what, self.weight = what, nn.Parameter(torch.ones(3), requires_grad=False)
         self.calls = 0
+        self.last: Tensor | None = None
 
     def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Any:
         y = x * self.weight
@@ -416,6 +417,10 @@ class Odd(nn.Module):
         if self.what == "counter":
             self.calls += 1
             return y * self.calls
+        if self.what == "kept result":
+            y = y if self.last is None else y + self.last
+            self.last = y
+            return y
         if self.what == "random":
             return y + 1 if random.random() < 2 else y
         if self.what == "torch random":
@@ -440,6 +445,7 @@ class Odd(nn.Module):
     ("what", "reason"),
     [
         ("counter", "it changes its own attributes at every call"),
+        ("kept result", "it changes its own attributes at every call"),
         ("random", "it draws random numbers in Python"),
         ("torch random", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
         ("mask", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
@@ -498,6 +504,21 @@ def test_a_rewritten_graph_that_fails_leaves_the_traced_one() -> None:
     for _ in range(2):
         assert torch.equal(compiled(x), Strided.forward(compiled, x))
     assert sfast.report(compiled).traces == 1
+
+
+def test_a_graph_that_fails_later_runs_eager(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = pair(net)
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+
+    def fails(self: Trace, weights: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        raise RuntimeError("an operator gave up")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Trace, "run", fails)
+        agree(compiled(x), eager(x))
+    assert sfast.report(net).fallbacks == [("Net", "ran eager at 2x6: RuntimeError: an operator gave up")]
+    agree(compiled(x), eager(x))
 
 
 def test_out_of_memory_is_tried_again(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,18 @@ def test_what_is_written_to_between_two_layers_keeps_them_apart(verify: bool) ->
     assert report.fallbacks == []
 
 
+def test_a_view_taken_while_compiled_stays_one_after_restore() -> None:
+    eager, compiled = pair(Attention())
+    x = torch.randn(2, 5, 6)
+    agree(compiled(x), eager(x))
+    state = compiled.state_dict()
+    sfast.restore(compiled)
+    for module, weight in ((compiled, state["q.weight"]), (eager, eager.q.weight)):
+        weight.mul_(3)
+        assert torch.equal(module.q.weight, weight)
+    agree(compiled(x), eager(x))
+
+
 def test_switched_off() -> None:
     module = Attention().eval().requires_grad_(False)
     sfast.compile(module, CompilationConfig(enable_merged_linears=False))
