@@ -345,8 +345,6 @@ class Component:
             self._placement.bring_together(call.packs, self.state.weights)
             self.state.refresh()
 
-    # ------------------------------------------------------------------------------------------------------- reporting
-
     def counts(self) -> tuple[int, int]:
         """How often the module was traced, and how many captured graphs there are."""
         plans = self._plans.values()
