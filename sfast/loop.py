@@ -14,11 +14,10 @@ import torch
 
 from sfast.cuda_graph import GraphPool, GraphRunner
 from sfast.trace import Split
+from sfast.verify import version_of
 
 PATIENCE = 8  # calls of one shape in which something must have stayed the same, or nobody looks any more
-
-
-BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")
+BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")  # how their components' names begin
 
 
 class Pictures:
@@ -146,8 +145,3 @@ class Loop:
         self._body = pool.capture(body, changing, self._budget)
         if prologue.graph is None:
             raise RuntimeError("the two parts of a call do not fit into `graph_memory_budget` together")
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; -1 for an inference tensor, which does not count."""
-    return -1 if tensor.is_inference() else tensor._version

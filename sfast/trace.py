@@ -2,8 +2,8 @@
 
 `torch.jit.trace` scripts each submodule first, bakes weights in, and loses or stumbles over some Python. Here a plain
 function over flat tensors is traced: the weights are *inputs* of the graph beside the activations, so an edited, moved or
-replaced weight needs no new trace, and the graph holds no memory of its own. Together with `rewrite.py` this is the only
-file that knows TorchScript.
+replaced weight needs no new trace, and the graph holds no memory of its own. Only this file and `rewrite.py` call
+TorchScript; `merge.py` and `hoist.py` edit the graphs that they are handed.
 """
 
 from __future__ import annotations
@@ -281,9 +281,8 @@ def _is_sized_by_value(node: Any) -> bool:
     if node.kind() == "aten::where":
         return bool(node.inputsSize() == 1)
     if node.kind() == "aten::repeat_interleave" and str(node.inputsAt(1).type()) == "int":
-        return bool(
-            node.inputsSize() < 4
-        )  # four inputs: as many repeats of each; two: repeats, and the size of the result
+        # With four inputs as many repeats of each; with two the repeats, and the size of the result.
+        return bool(node.inputsSize() < 4)
     if node.kind() != "aten::index":
         return node.kind() in _SIZED_BY_VALUE
     indices = node.inputsAt(1).node()

@@ -33,7 +33,7 @@ class Check:
         given: list[torch.Tensor] = []
         call = flatten((args, kwargs), given)
         watched = [*given, *state.weights]
-        versions = [_version(tensor) for tensor in watched]
+        versions = [version_of(tensor) for tensor in watched]
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
         python_random = _python_random_state()
 
@@ -43,7 +43,7 @@ class Check:
         self._tensors: list[torch.Tensor] = []
         self._structure: Hashable = None
         now: list[torch.Tensor] = []
-        if [_version(tensor) for tensor in watched] != versions or not all(_same(*pair) for pair in unversioned):
+        if [version_of(tensor) for tensor in watched] != versions or not all(_same(*pair) for pair in unversioned):
             self.refused = "it writes to its arguments or weights"
         elif _python_random_state() != python_random:
             self.refused = "it draws random numbers in Python"
@@ -106,7 +106,8 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 for an inference tensor, which does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 

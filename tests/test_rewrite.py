@@ -85,7 +85,7 @@ def test_a_value_written_in_place_refuses() -> None:
 
     x = torch.randn(2, 16)
     traced = fused(forward, x, fusions=[GROUP_NORM_SILU])
-    assert traced.fusions in ({}, {"group_norm_silu": 1})  # fused only where the write was made functional
+    assert traced.fusions == {}
     again = torch.randn(2, 16)
     torch.testing.assert_close(traced.run([], [again])[0], forward(again), rtol=0, atol=0)
 

@@ -38,6 +38,17 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
 
 
+def _runs_as_pytorch(caplog: pytest.LogCaptureFixture, line: str) -> None:
+    inputs = _inputs()
+    with caplog.at_level(logging.WARNING, "sfast"):
+        for _ in range(2):
+            torch.testing.assert_close(
+                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
+            )
+    assert len(caplog.records) == 1
+    assert line in caplog.text
+
+
 def test_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
@@ -55,14 +66,7 @@ def test_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("falls_back")
 def test_missing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
-    inputs = _inputs()
-    with caplog.at_level(logging.WARNING, "sfast"):
-        for _ in range(2):
-            torch.testing.assert_close(
-                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
-            )
-    assert len(caplog.records) == 1
-    assert "xformers attention: runs as PyTorch's" in caplog.text
+    _runs_as_pytorch(caplog, "xformers attention: runs as PyTorch's")
 
 
 @pytest.mark.usefixtures("falls_back")
@@ -71,11 +75,4 @@ def test_failing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplo
         raise NotImplementedError("No operator found for this attention")
 
     _install(monkeypatch, attend)
-    inputs = _inputs()
-    with caplog.at_level(logging.WARNING, "sfast"):
-        for _ in range(2):
-            torch.testing.assert_close(
-                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
-            )
-    assert len(caplog.records) == 1
-    assert "No operator found" in caplog.text
+    _runs_as_pytorch(caplog, "No operator found")
