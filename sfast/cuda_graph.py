@@ -46,6 +46,7 @@ class GraphRunner:
             self.inputs = [torch.empty_like(tensor, device=pool.device).copy_(tensor) for tensor in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: list[torch.Tensor] = []
+        self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
 
@@ -67,7 +68,8 @@ class GraphPool:
         self._lock = threading.RLock()
         self._runners: weakref.WeakSet[GraphRunner] = weakref.WeakSet()  # a deleted module's graphs go with it
         self._clock = itertools.count(1)
-        self._handle = torch.cuda.graph_pool_handle()
+        self.handle = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._capture_stream = torch.cuda.Stream(device)
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -105,7 +107,7 @@ class GraphPool:
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
         if not self._runners:
-            self._handle = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
+            self.handle = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
         runner = GraphRunner(self, inputs)
         graph = torch.cuda.CUDAGraph()
         stream = self._capture_stream
@@ -117,8 +119,8 @@ class GraphPool:
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
             with _no_garbage_collection():
+                graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
                 try:
-                    graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
                     runner.outputs = function(runner.inputs)
                     graph.capture_end()  # raises where an operator has spoilt the capture and caught its own error
                 except BaseException:
@@ -133,17 +135,24 @@ class GraphPool:
         return runner
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Bring stream, allocator and random number generator back from a capture that failed half-way."""
+        """Bring stream, allocators and random number generator back from a capture that failed half-way.
+
+        The end of an invalid capture raises before it tells them that the capture is over. Allocator and generator can be
+        told from here; the allocator of pinned memory cannot, and refuses that pool for ever: the graphs captured in it
+        stay, the next ones get another. It also keeps asking the failed graph whose capture a stream is in.
+        """
         try:
             graph.capture_end()
         except RuntimeError as error:
-            # It stopped before telling the allocator and the generator that the capture is over.
             logger.debug("an invalid capture ended: %s", error)
-            with contextlib.suppress(RuntimeError):  # this torch tells the allocator first
-                torch._C._cuda_endAllocateToPool(self.device.index, self._handle)
-                torch._C._cuda_releasePool(self.device.index, self._handle)
-            generator = torch.cuda.default_generators[self.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(RuntimeError):  # where it came so far that the allocator knows
+            torch._C._cuda_endAllocateToPool(self.device.index, self.handle)
+            torch._C._cuda_releasePool(self.device.index, self.handle)
+        graph.reset()
+        generator = torch.cuda.default_generators[self.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        self._failed.append(graph)
+        self.handle = torch.cuda.graph_pool_handle()
 
     # -------------------------------------------------------------------------------------------------------- replay
 
@@ -184,8 +193,8 @@ class GraphPool:
         with self._lock:
             if not self._runners:
                 return 0  # what is cached for the next capture is free for everybody
-            pool = tuple(self._handle)
-            segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == pool]
+            pools = {self.handle, *[runner.handle for runner in self._runners]}
+            segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) in pools]
             return sum(s["total_size"] for s in segments) + sum(runner.driver_bytes for runner in self._runners)
 
     def _release(self, runner: GraphRunner) -> None:
@@ -193,10 +202,7 @@ class GraphPool:
             self._last_stream.synchronize()  # it may still be running
         self._runners.discard(runner)
         runner.release()
-        self._renew()
-
-    def _renew(self) -> None:
-        if not self._runners:
+        if all(other.handle != runner.handle for other in self._runners):
             torch.cuda.empty_cache()
 
 

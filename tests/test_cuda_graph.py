@@ -151,22 +151,41 @@ def test_memory_returns_with_the_module() -> None:
     assert torch.cuda.memory_reserved() <= reserved - 2**20
 
 
-def test_a_capture_that_breaks_off_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_capture_that_breaks_off_leaves_nothing_behind(shared: bool) -> None:
     pool = GraphPool(torch.device("cuda", torch.cuda.current_device()))
     x = torch.randn(4, device="cuda")
-    calls = []
+    calls: list[int] = []
+    seen: set[tuple[int, ...]] = set()  # the pools of failed captures
 
     def breaks(tensors: list[Tensor]) -> list[Tensor]:
         calls.append(1)
+        seen.add(tuple(pool.handle))
         if len(calls) == 2:  # the first call only warms up
             torch.cuda.current_stream().synchronize()  # what a capture does not allow
         return [tensors[0] + torch.randn_like(tensors[0])]
 
-    with pytest.raises(RuntimeError):
-        pool.capture(breaks, [x], budget=2**30)
-    torch.randn(3, device="cuda")  # the generator is not left in the middle of the capture
+    earlier = pool.capture(lambda tensors: [tensors[0] * 3], [x], budget=2**30) if shared else None
+    for _ in range(2):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="captur"):
+            pool.capture(breaks, [x], budget=2**30)
+        torch.randn(3, device="cuda")  # the generator is not left in the middle of the capture
     runner = pool.capture(lambda tensors: [tensors[0] * 2], [x])
-    assert torch.equal(runner([x])[0], x * 2)
+    torch.testing.assert_close(runner([x])[0], x * 2)
+    torch.randn(3, pin_memory=True)  # nor is the allocator of pinned memory
+    used = pool.memory()
+    assert used > 0
+    if earlier is not None:
+        assert torch.equal(earlier([x])[0], x * 3)
+        pool.drop(earlier)
+        assert 0 < pool.memory() < used
+    pool.drop(runner)
+    assert pool.memory() == 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    handles = {tuple(s["segment_pool_id"]) for s in torch.cuda.memory_snapshot()}
+    assert handles.isdisjoint(seen)  # all of it is the driver's again
 
 
 def test_a_budget_too_small_runs_without_a_graph_loudly(net: Net, caplog: pytest.LogCaptureFixture) -> None:
