@@ -3,6 +3,9 @@
 The rest of the metadata is in pyproject.toml. Without what the native ops need they are left out with one line that
 says what is missing, and the wheel is a pure Python one. SFAST_BUILD_NATIVE=0 leaves them out, SFAST_BUILD_NATIVE=1
 makes a missing piece an error. An isolated build sees no PyTorch: for the native ops build with --no-build-isolation.
+
+Our own matrix kernels (csrc/*.cu, for Hopper) are compiled where nvcc is at hand; without it, or where it fails, the
+native ops are built without them and run on cuDNN and cuBLASLt alone.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +26,8 @@ from setuptools.command.build_ext import build_ext
 # The oldest PyTorch that the binary shall load in: it is compiled against this version of the stable ABI.
 TORCH_TARGET = (2, 10)
 HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cublasLt.h", "cudnn.h")
+# The kernels are written in sm_90a's instructions; which GPU runs them is asked at run time.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class CannotBuildError(Exception):
@@ -91,7 +98,7 @@ def native_extension() -> Extension:
     return Extension(
         f"sfast._native_cu{cuda}",
         sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        depends=sorted(str(path) for pattern in ("*.h", "*.cu", "*.cuh") for path in Path("csrc").glob(pattern)),
         include_dirs=list(dict.fromkeys(str(path) for path in [torch_path / "include", *includes])),
         define_macros=[("USE_CUDA", "1"), ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")],
         extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
@@ -121,8 +128,49 @@ def native_extensions() -> list[Extension]:
         return []
 
 
+def nvcc_of(extension: Extension) -> Path | None:
+    """The compiler of the toolkit whose headers the extension reads, else the one on the path; None without any."""
+    major = int(extension.name.rpartition("_cu")[2])
+    beside = [Path(folder).parent / "bin" / "nvcc" for folder in extension.include_dirs]
+    on_path = shutil.which("nvcc")
+    found = [path for path in [*beside, *([Path(on_path).resolve()] if on_path else [])] if path.exists()]
+    return next((path for path in found if toolkit_major(path.parents[1]) == major), None)
+
+
+def compile_kernels(extension: Extension, folder: Path) -> list[str]:
+    """The objects of csrc/*.cu; an empty list and one line on stderr where they cannot be made."""
+    nvcc = nvcc_of(extension)
+    sources = sorted(Path("csrc").glob("*.cu"))
+    if nvcc is None:
+        print("sfast: our own matrix kernels are left out: nvcc was not found", file=sys.stderr)
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    host = ["-ccbin", os.environ["CXX"].split()[0]] if "CXX" in os.environ else []
+    includes = [f"-I{path}" for path in extension.include_dirs]
+
+    def make(source: Path) -> str:
+        made = str(folder / f"{source.stem}.cu.o")
+        command = [str(nvcc), *NVCC_FLAGS, *host, *includes, "-c", str(source), "-o", made]
+        subprocess.run(command, check=True)
+        return made
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(make, sources))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"sfast: our own matrix kernels are left out: {error}", file=sys.stderr)
+        return []
+
+
 class PythonFreeBuildExt(build_ext):
-    """Names the library without a Python version: it has none in it."""
+    """Names the library without a Python version: it has none in it. Compiles the kernels first."""
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = compile_kernels(ext, Path(self.build_temp) / "csrc")
+        if objects:
+            ext.extra_objects += objects
+            ext.define_macros.append(("SFAST_HOPPER", "1"))
+        super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"

@@ -86,3 +86,53 @@ def test_tags(build):
     python, abi, platform = compiled.get_tag()
     assert (python, abi) == ("py3", "none")
     assert platform != "any"
+
+
+def extension(tmp_path: Path) -> setuptools.Extension:
+    return setuptools.Extension("sfast._native_cu13", [], include_dirs=[str(tmp_path / "toolkit" / "include")])
+
+
+def fake_toolkit(tmp_path: Path, major: int, script: str) -> None:
+    (tmp_path / "toolkit" / "include").mkdir(parents=True)
+    (tmp_path / "toolkit" / "bin").mkdir()
+    header = tmp_path / "toolkit" / "include" / "cuda_runtime_api.h"
+    header.write_text(f"#define CUDART_VERSION  {major}000\n")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+
+
+def test_kernels_are_left_out_without_nvcc(build, tmp_path, monkeypatch, capsys):
+    setup = build("0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.compile_kernels(extension(tmp_path), tmp_path / "objects") == []
+    assert capsys.readouterr().err.endswith("matrix kernels are left out: nvcc was not found\n")
+
+
+def test_kernels_are_left_out_where_nvcc_is_another_cudas(build, tmp_path, monkeypatch):
+    setup = build("0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake_toolkit(tmp_path, 12, "exit 0")
+    assert setup.nvcc_of(extension(tmp_path)) is None
+
+
+def test_kernels_are_left_out_where_nvcc_fails(build, tmp_path, capsys):
+    setup = build("0")
+    fake_toolkit(tmp_path, 13, "exit 7")
+    assert setup.compile_kernels(extension(tmp_path), tmp_path / "objects") == []
+    assert "matrix kernels are left out" in capsys.readouterr().err
+
+
+def test_kernels_become_objects_of_the_extension(build, tmp_path, monkeypatch):
+    setup = build("0")
+    fake_toolkit(tmp_path, 13, 'for last; do :; done; echo "$@" > "$last"')
+    made = setup.compile_kernels(extension(tmp_path), tmp_path / "objects")
+    assert [Path(path).name for path in made] == [f"{path.name}.o" for path in sorted((ROOT / "csrc").glob("*.cu"))]
+    command = setuptools.Distribution({"ext_modules": [extension(tmp_path)]}).get_command_obj("build_ext")
+    native = setup.PythonFreeBuildExt(command.distribution)
+    native.build_temp = str(tmp_path)
+    built = []
+    monkeypatch.setattr(setup.build_ext, "build_extension", lambda self, ext: built.append(ext))
+    native.build_extension(extension(tmp_path))
+    assert [Path(path).name for path in built[0].extra_objects] == [Path(path).name for path in made]
+    assert (("SFAST_HOPPER", "1") in built[0].define_macros) == bool(made)
