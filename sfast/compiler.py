@@ -15,6 +15,7 @@ from sfast import fallback
 from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.config import CompilationConfig
+from sfast.kernels.precompile import prepare
 from sfast.loop import Pictures
 from sfast.trace import is_scripted
 from sfast.versions import check_torch
@@ -62,6 +63,8 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
             fallback.note(name, f"stays eager: {type(error).__name__}: {first}")
             continue
         component.install()
+        if config.enable_triton and component.state.device.type == "cuda":
+            prepare()  # while the model is traced
     return target
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sfast.fallback import logger, timed
+from sfast.kernels.precompile import rehearse
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -114,7 +115,9 @@ class GraphPool:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
-                function(runner.inputs)  # compiles kernels, chooses plans, allocates workspaces of this stream
+                # Compiles kernels, chooses plans, allocates workspaces of this stream.
+                if not rehearse(lambda: function(runner.inputs), self.device):
+                    function(runner.inputs)
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)

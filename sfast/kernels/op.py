@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sfast.fallback import note
+from sfast.kernels.precompile import left_out
 
 LIBRARY = torch.library.Library("sfast", "FRAGMENT")
 
@@ -42,8 +43,10 @@ def define(
         if key in _resting:
             return reference(*args)
         try:
+            before = left_out()
             with torch.cuda.device_of(args[0]):
-                return launch(*args)
+                result = launch(*args)
+            return result if left_out() == before else reference(*args)  # in a rehearsal, see precompile.py
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

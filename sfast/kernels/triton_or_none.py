@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sfast.fallback import note
+from sfast.kernels.precompile import rehearsable
 from sfast.triton_cache import mend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,9 +35,25 @@ def _import() -> tuple[Any, Any, str | None]:
         return *stand_in, f"{type(error).__name__}: {error}"
 
 
-triton: Any
+class _Triton:
+    """The module `triton`, but that kernels which its `jit` makes can be compiled ahead of their first launch."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def jit(self, kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if kernel is None:
+            return functools.partial(self.jit, **options)
+        made = self._module.jit(kernel, **options)
+        return made if INTERPRETED or MISSING is not None else rehearsable(made)
+
+
 tl: Any
-triton, tl, MISSING = _import()
+_module, tl, MISSING = _import()
+triton: Any = _Triton(_module)
 
 
 def triton_takes(x: torch.Tensor) -> bool:
