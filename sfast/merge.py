@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sfast.rewrite import written_values
+from sfast.writes import written_values
 
 NAME = "linear_together"
 MAX_BYTES = 256 * 2**20  # of one group: so much memory is taken for the moment of moving its weights

@@ -25,16 +25,20 @@ class Placement:
     def make_channels_last(self, weights: list[torch.Tensor]) -> bool:
         """Give convolution weights [K, C, R, S] the layout that tensor cores read, one after the other.
 
+        So too those over frames alone, [K, C, T, 1, 1], which run as convolutions of images.
+
         Returns False if some had to stay because others look at them.
         """
         all_free = True
         for weight in weights:
-            if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 4 or not weight.is_contiguous():
+            over_frames = weight.dim() == 5 and weight.shape[3:].numel() == 1
+            if not isinstance(weight, torch.nn.Parameter) or not (weight.dim() == 4 or over_frames):
                 continue
-            if weight.is_contiguous(memory_format=torch.channels_last):
+            last = torch.channels_last_3d if over_frames else torch.channels_last
+            if not weight.is_contiguous() or weight.is_contiguous(memory_format=last):
                 continue
             if owned_alone([weight]):
-                _move(weight, weight.data.contiguous(memory_format=torch.channels_last))
+                _move(weight, weight.data.contiguous(memory_format=last))
                 self._relaid[id(weight)] = weight
             else:
                 all_free = False

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from sfast.writes import may_alias, writes, written_values
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fusion:
@@ -88,12 +90,18 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
             identity = len(inputs) == 2 and _is_one(constants[1]) and same_dtype is not None and same_dtype(node)
             if identity and written_to is None:
                 written_to = any(map(writes, graph.nodes()))
-            identity = identity and not written_to and _any_layout_will_do(node)
+            identity = identity and not written_to and (_any_layout_will_do(node) or _is_made_for(node))
         else:
             identity = constants[2] is False
         if identity:
             node.output().replaceAllUsesWith(inputs[0])
             node.destroy()
+
+
+def _is_made_for(node: Any) -> bool:
+    """Whether an operator's first input is a sum that nobody else reads: its strides are those that a copy would have."""
+    source = node.inputsAt(0)
+    return source.node().kind() == "aten::add" and len(source.uses()) == 1
 
 
 def _is_one(constant: Any) -> bool:
@@ -176,7 +184,7 @@ def _renew_constant_results(graph: Any) -> None:
     """A result that does not depend on the inputs became a constant; the caller may write to what it gets."""
     for place, result in enumerate(list(graph.outputs())):
         source = result.node()
-        while _may_alias(source) and source.inputsSize():
+        while may_alias(source) and source.inputsSize():
             source = source.inputsAt(0).node()
         if source.kind() == "prim::Constant":
             renewed = graph.create("aten::clone", [result, graph.insertConstant(None)], 1)
@@ -316,11 +324,14 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     inner = [value for key, value in match.items() if key not in pattern.argument_ids]
     distinct = {_id(value.node()): value.node() for value in inner}
     nodes = sorted(distinct.values(), key=functools.cmp_to_key(_before))
-    if _read_outside(nodes, results) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
+    sums = _sums_asked_for_size(nodes, results)
+    if _read_outside(nodes, results, sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
     place = _place(nodes, arguments, results)
     if place is None:
         return False
+    for value in sums:
+        _ask_operands_for_size(graph, value, nodes)
     fused = graph.create(f"sfast::{fusion.name}", arguments, len(results))
     fused.insertBefore(place)
     for old, new in zip(results, fused.outputs(), strict=True):
@@ -338,62 +349,51 @@ def _id(node: Any) -> int:
     return node.outputsAt(0).unique() if node.outputsSize() else -1
 
 
-def _read_outside(nodes: list[Any], results: list[Any]) -> bool:
-    own, allowed = {_id(node) for node in nodes}, set(_ids(results))
+def _read_outside(nodes: list[Any], results: list[Any], sums: list[Any]) -> bool:
+    own, allowed = {_id(node) for node in nodes}, {*_ids(results), *_ids(sums)}
     inner = [value for node in nodes for value in node.outputs() if value.unique() not in allowed]
     return any(_id(use.user) not in own for value in inner for use in value.uses())
 
 
+def _sums_asked_for_size(nodes: list[Any], results: list[Any]) -> list[Any]:
+    """Matched sums of tensors, no results themselves, of which the rest of the graph reads nothing but sizes."""
+    own, known = {_id(node) for node in nodes}, set(_ids(results))
+    sums = [node.output() for node in nodes if node.kind() == "aten::add" and node.output().unique() not in known]
+    outside = [[use.user for use in value.uses() if _id(use.user) not in own] for value in sums]
+    readers = {user.kind() for users in outside for user in users}
+    return [value for value, users in zip(sums, outside, strict=True) if users] if readers == {"aten::size"} else []
+
+
+def _ask_operands_for_size(graph: Any, value: Any, nodes: list[Any]) -> None:
+    """The size of a sum that is about to go is the size to which its operands broadcast: asking for it touches no memory."""
+    own = {_id(node) for node in nodes}
+    operands, pending = [], [value]
+    while pending:
+        source = pending.pop()
+        if _id(source.node()) in own:
+            pending += [each for each in source.node().inputs() if str(each.type()) == "Tensor"]
+        else:
+            operands.append(source)
+    together = graph.create("prim::ListConstruct", operands, 1)
+    together.output().setType(torch._C.ListType.ofTensors())
+    together.insertAfter(value.node())
+    broadcast = graph.create("aten::broadcast_tensors", [together.output()], 1)
+    broadcast.output().setType(torch._C.ListType.ofTensors())
+    broadcast.insertAfter(together)
+    unpack = graph.create("prim::ListUnpack", [broadcast.output()], len(operands))
+    unpack.insertAfter(broadcast)
+    for use in list(value.uses()):
+        if _id(use.user) not in own:
+            use.user.replaceInputWith(value, unpack.outputsAt(0))
+
+
 def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
-    """The node to insert before: behind all arguments and, with several results, before any reader of one."""
-    # With one result nobody reads the match before its last node; with several, a reader may stand in between.
-    place = nodes[-1] if len(results) == 1 else nodes[0]
+    """The node to insert before: behind all arguments, and before any reader of a result."""
+    own = {_id(node) for node in nodes}
+    readers = [use.user for value in results for use in value.uses() if _id(use.user) not in own]
+    place = min([nodes[-1], *readers], key=functools.cmp_to_key(_before))
     for argument in arguments:
         node = argument.node()
         if node.kind() != "prim::Param" and not node.isBefore(place):
             return None
     return place
-
-
-def written_values(graph: Any) -> frozenset[int]:
-    """Ids of all values that may share memory with one that an operator writes to."""
-    if not any(writes(node) for node in graph.nodes()):
-        return frozenset()
-    leader: dict[int, int] = {}
-
-    def find(key: int) -> int:
-        while leader.get(key, key) != key:
-            key = leader[key]
-        return key
-
-    written = []
-    for node in graph.nodes():
-        if writes(node) or _may_alias(node):
-            together = [value.unique() for value in _values(node) if "Tensor" in str(value.type())]
-            written += together[:1] if writes(node) else []
-            for other in together[1:]:
-                leader[find(other)] = find(together[0])
-    roots = {find(key) for key in written}
-    values = [v.unique() for node in graph.nodes() for v in (*node.inputs(), *node.outputs())]
-    return frozenset(key for key in values if find(key) in roots) if roots else frozenset()
-
-
-def writes(node: Any) -> bool:
-    """Whether an operator writes to a tensor that was there before: in place, by `out=`, or inside of a loop or branch."""
-    kind = node.kind()
-    if kind in ("prim::If", "prim::Loop"):
-        return any(writes(inner) for block in node.blocks() for inner in block.nodes())
-    return not kind.startswith("prim::") and "!" in node.schema()
-
-
-def _values(node: Any) -> list[Any]:
-    inner = [value for block in node.blocks() for each in block.nodes() for value in _values(each)]
-    return [*node.inputs(), *node.outputs(), *inner]
-
-
-def _may_alias(node: Any) -> bool:
-    if node.kind().startswith("prim::"):
-        lists = ("prim::ListConstruct", "prim::ListUnpack", "prim::TupleConstruct", "prim::TupleUnpack")
-        return node.kind() in lists or any(True for _ in node.blocks())
-    schema = node.schema()
-    return not schema or "(a" in schema.rsplit("->", 1)[-1]
