@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sfast.rewrite import writes
+from sfast.writes import writes
 
 # Nothing less is worth a graph of its own.
 WORTHWHILE = frozenset(
