@@ -19,7 +19,7 @@ constexpr int kMostAlgorithms = 12, kMostPlans = 24;
 
 using Cache = PlanCache<ConvProblem::kFields, ConvPointers>;
 Cache& cache() {
-  static Cache* const made = new Cache;  // never destroyed: libraries that it holds may be gone at exit
+  static Cache* const made = new Cache("conv2d");  // never destroyed: libraries that it holds may be gone at exit
   return *made;
 }
 
@@ -61,7 +61,7 @@ bool is_matmul(const ConvProblem& p) {
 }
 
 // A 1x1 convolution over channels-last memory is a matrix product over the pixels.
-void propose_matmuls(const ConvProblem& p, int most, Cache::Ways* ways) {
+void propose_matmuls(const ConvProblem& p, int most, const std::string& recipe, Cache::Ways* ways) {
   MatmulProblem problem{};
   problem.device = p.device;
   problem.dtype = p.dtype == CUDNN_DATA_HALF ? CUDA_R_16F : CUDA_R_16BF;
@@ -71,36 +71,47 @@ void propose_matmuls(const ConvProblem& p, int most, Cache::Ways* ways) {
   problem.epilogue = p.activation == Activation::kRelu ? Epilogue::kRelu : Epilogue::kNone;
   const cublasLtHandle_t handle = cublaslt_handle(p.device);
   int index = 0;
-  for (const MatmulAlgorithm& algorithm : matmul_algorithms(handle, problem, most)) {
+  for (const MatmulAlgorithm& algorithm :
+       recipe.empty() ? matmul_algorithms(handle, problem, most) : recalled_algorithm(handle, problem, recipe)) {
     ways->push_back({"cublasLt " + std::to_string(index++), algorithm.workspace,
                      [=](const ConvPointers& at, void* workspace, cudaStream_t stream) {
                        launch(handle, problem, algorithm, {at.x, at.weight, at.bias, at.residual, at.out}, workspace,
                               stream);
-                     }});
+                     },
+                     [=] { return recipe.empty() ? recipe_of(algorithm) : recipe; }});
   }
 }
 
 // cuDNN's precompiled kernels, which cost nothing to set up. Those that it would compile now take half a second each,
 // and the functional fallbacks of its heuristics are slower than PyTorch's own convolution: neither is proposed.
-void propose_plans(ConvProblem p, cudnnHandle_t handle, int most, Cache::Ways* ways) {
+void propose_plans(ConvProblem p, cudnnHandle_t handle, int most, const std::string& recipe, Cache::Ways* ways) {
   const void* no_bias = nullptr;
   if (!p.has_bias && (p.has_residual || p.activation != Activation::kNone)) {
     p.has_bias = 1;  // there is no kernel without one: add zeros
     no_bias = zeros(2 * p.k, p.device);
   }
   const Descriptor graph = operation_graph(handle, p);
-  for (const EngineConfig& config : engine_configs(graph, CUDNN_HEUR_MODE_A, kMostPlans)) {
+  std::vector<EngineConfig> configs;
+  if (recipe.empty()) {
+    configs = engine_configs(graph, CUDNN_HEUR_MODE_A, kMostPlans);
+  } else {
+    configs.push_back(recalled_config(graph, recipe));
+  }
+  for (EngineConfig& proposed : configs) {
     if (most == 0) break;
-    if (config.runtime_compiled || !config.exact) continue;
+    if (proposed.runtime_compiled || !proposed.exact) continue;
     try {
-      const auto plan = std::make_shared<const Plan>(make_plan(handle, config));
+      const auto config = std::make_shared<const EngineConfig>(std::move(proposed));
+      const auto plan = std::make_shared<const Plan>(make_plan(handle, *config));
       if (plan->workspace > kMostWorkspace) continue;
       const int64_t device = p.device;
-      ways->push_back({"cuDNN engine " + std::to_string(config.engine) + " config " + std::to_string(config.rank),
-                       plan->workspace, [=](ConvPointers at, void* workspace, cudaStream_t stream) {
+      ways->push_back({"cuDNN engine " + std::to_string(config->engine) + " config " + std::to_string(config->rank),
+                       plan->workspace,
+                       [=](ConvPointers at, void* workspace, cudaStream_t stream) {
                          if (no_bias != nullptr) at.bias = no_bias;
                          launch(cudnn_handle(device, stream), *plan, at, workspace);
-                       }});
+                       },
+                       [=] { return recipe.empty() ? recipe_of(*config) : recipe; }});
       --most;
     } catch (const std::runtime_error&) {
       continue;  // the heuristics may name an engine that then refuses this shape: the next one is tried
@@ -108,11 +119,12 @@ void propose_plans(ConvProblem p, cudnnHandle_t handle, int most, Cache::Ways* w
   }
 }
 
-Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, bool first_only) {
+Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, const Ask& ask) {
   Cache::Ways ways;
-  if (is_matmul(p)) propose_matmuls(p, first_only ? 1 : kMostAlgorithms, &ways);
-  if (first_only && !ways.empty()) return ways;
-  propose_plans(p, cudnn_handle(p.device, stream), first_only ? 1 : kMostPlans, &ways);
+  const bool first_only = ask.first_only;
+  if (is_matmul(p)) propose_matmuls(p, first_only ? 1 : kMostAlgorithms, ask.recipe, &ways);
+  if ((first_only || !ask.recipe.empty()) && !ways.empty()) return ways;
+  propose_plans(p, cudnn_handle(p.device, stream), first_only ? 1 : kMostPlans, ask.recipe, &ways);
   return ways;
 }
 
@@ -181,12 +193,20 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   const ConvPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                               residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
   cache().run(p.key(), "conv2d " + p.describe(), p.device, stream, pointers,
-              [&](bool first_only) { return propose(p, stream, first_only); });
+              [&](const Ask& ask) { return propose(p, stream, ask); });
   return activation == "silu" ? silu_(out) : out;
 }
 
 std::string conv2d_plans() {
   return cache().describe();
+}
+
+std::string conv2d_choices(int64_t device) {
+  return cache().choices(device);
+}
+
+int64_t recall_conv2d_choices(int64_t device, const std::string& choices) {
+  return cache().recall(device, choices);
 }
 
 }  // namespace sfast

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <sstream>
 
 #include "check.h"
 
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int64_t kX = 1, kWeight = 2, kBias = 3, kResidual = 4, kOut = 5, kFirstVirtual = 10;
 constexpr int64_t kAlignment = 16;  // bytes; checked by the caller
+constexpr const char* kRecipe = "cuDNN";
 
 using Dims = std::array<int64_t, 4>;
 
@@ -179,6 +181,25 @@ Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem) {
   return graph;
 }
 
+namespace {
+
+// What an engine says about itself.
+void read_notes(const Descriptor& engine, EngineConfig* choice) {
+  int64_t one = 0;
+  CUDNN_CHECK(cudnnBackendGetAttribute(engine.get(), CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &one,
+                                       &choice->engine));
+  for (auto note : engine.list<cudnnBackendBehaviorNote_t>(CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, CUDNN_TYPE_BEHAVIOR_NOTE,
+                                                           CUDNN_BEHAVIOR_NOTE_TYPE_COUNT)) {
+    choice->runtime_compiled |= note == CUDNN_BEHAVIOR_NOTE_RUNTIME_COMPILATION;
+  }
+  for (auto note : engine.list<cudnnBackendNumericalNote_t>(CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE,
+                                                            CUDNN_NUMERICAL_NOTE_TYPE_COUNT)) {
+    choice->exact &= note == CUDNN_NUMERICAL_NOTE_TENSOR_CORE || note == CUDNN_NUMERICAL_NOTE_STRICT_NAN_PROP;
+  }
+}
+
+}  // namespace
+
 std::vector<EngineConfig> engine_configs(const Descriptor& graph, cudnnBackendHeurMode_t mode, int64_t most) {
   Descriptor heuristics(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
   heuristics.set(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)
@@ -198,25 +219,67 @@ std::vector<EngineConfig> engine_configs(const Descriptor& graph, cudnnBackendHe
   found.erase(found.begin() + std::min(count, most), found.end());
 
   for (size_t i = 0; i < found.size(); ++i) {
-    EngineConfig& choice = found[i];
-    choice.rank = static_cast<int>(i);
+    found[i].rank = static_cast<int>(i);
     const Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR);
     cudnnBackendDescriptor_t raw_engine = engine.get();
     int64_t one = 0;
-    CUDNN_CHECK(cudnnBackendGetAttribute(choice.config.get(), CUDNN_ATTR_ENGINECFG_ENGINE,
+    CUDNN_CHECK(cudnnBackendGetAttribute(found[i].config.get(), CUDNN_ATTR_ENGINECFG_ENGINE,
                                          CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &one, &raw_engine));
-    CUDNN_CHECK(cudnnBackendGetAttribute(raw_engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &one,
-                                         &choice.engine));
-    for (auto note : engine.list<cudnnBackendBehaviorNote_t>(CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, CUDNN_TYPE_BEHAVIOR_NOTE,
-                                                             CUDNN_BEHAVIOR_NOTE_TYPE_COUNT)) {
-      choice.runtime_compiled |= note == CUDNN_BEHAVIOR_NOTE_RUNTIME_COMPILATION;
-    }
-    for (auto note : engine.list<cudnnBackendNumericalNote_t>(
-             CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE, CUDNN_NUMERICAL_NOTE_TYPE_COUNT)) {
-      choice.exact &= note == CUDNN_NUMERICAL_NOTE_TENSOR_CORE || note == CUDNN_NUMERICAL_NOTE_STRICT_NAN_PROP;
-    }
+    read_notes(engine, &found[i]);
   }
   return found;
+}
+
+std::string recipe_of(const EngineConfig& config) {
+  std::vector<Descriptor> choices;
+  std::vector<cudnnBackendDescriptor_t> raw;
+  for (int i = 0; i < CUDNN_KNOB_TYPE_COUNTS; ++i) {
+    choices.emplace_back(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR);
+    raw.push_back(choices.back().get());
+  }
+  int64_t count = 0, one = 0;
+  CUDNN_CHECK(cudnnBackendGetAttribute(config.config.get(), CUDNN_ATTR_ENGINECFG_KNOB_CHOICES,
+                                       CUDNN_TYPE_BACKEND_DESCRIPTOR, CUDNN_KNOB_TYPE_COUNTS, &count, raw.data()));
+  std::ostringstream text;
+  text << kRecipe << " " << config.engine;
+  for (int64_t i = 0; i < count; ++i) {
+    cudnnBackendKnobType_t knob{};
+    int64_t value = 0;
+    CUDNN_CHECK(
+        cudnnBackendGetAttribute(raw[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE, 1, &one, &knob));
+    CUDNN_CHECK(cudnnBackendGetAttribute(raw[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64, 1, &one, &value));
+    text << " " << static_cast<int>(knob) << " " << value;
+  }
+  return text.str();
+}
+
+EngineConfig recalled_config(const Descriptor& graph, const std::string& recipe) {
+  std::istringstream text(recipe);
+  std::string kind;
+  EngineConfig made{Descriptor(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)};
+  text >> kind >> made.engine;
+  SFAST_CHECK(kind == kRecipe && text, "sfast_native: no cuDNN engine: ", recipe);
+  Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR);
+  engine.set(CUDNN_ATTR_ENGINE_OPERATION_GRAPH, graph).set(CUDNN_ATTR_ENGINE_GLOBAL_INDEX, made.engine).finalize();
+  std::vector<Descriptor> choices;
+  std::vector<cudnnBackendDescriptor_t> raw;
+  for (int64_t number = 0, value = 0; text >> number >> value;) {
+    const auto knob = static_cast<cudnnBackendKnobType_t>(number);
+    choices.emplace_back(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR);
+    choices.back()
+        .set(CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE, 1, &knob)
+        .set(CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, value)
+        .finalize();
+    raw.push_back(choices.back().get());
+  }
+  made.config.set(CUDNN_ATTR_ENGINECFG_ENGINE, engine);
+  if (!raw.empty()) {
+    made.config.set(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, CUDNN_TYPE_BACKEND_DESCRIPTOR, static_cast<int64_t>(raw.size()),
+                    raw.data());
+  }
+  made.config.finalize();
+  read_notes(engine, &made);
+  return made;
 }
 
 Plan make_plan(cudnnHandle_t handle, const EngineConfig& config) {

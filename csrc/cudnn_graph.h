@@ -84,6 +84,11 @@ Descriptor operation_graph(cudnnHandle_t handle, const ConvProblem& problem);
 // What the heuristics propose for the graph, best first; empty where cuDNN has nothing for it.
 std::vector<EngineConfig> engine_configs(const Descriptor& graph, cudnnBackendHeurMode_t mode, int64_t most);
 
+// A configuration as text, for this version of cuDNN: its engine and the settings of its knobs; and the way back, which
+// raises for a text that does not fit.
+std::string recipe_of(const EngineConfig& config);
+EngineConfig recalled_config(const Descriptor& graph, const std::string& recipe);
+
 Plan make_plan(cudnnHandle_t handle, const EngineConfig& config);
 
 // Enqueues the plan on the handle's stream.

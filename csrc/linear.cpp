@@ -14,7 +14,7 @@ constexpr int kMostAlgorithms = 12;
 
 using Cache = PlanCache<MatmulProblem::kFields, MatmulPointers>;
 Cache& cache() {
-  static Cache* const made = new Cache;  // never destroyed: libraries that it holds may be gone at exit
+  static Cache* const made = new Cache("linear");  // never destroyed: libraries that it holds may be gone at exit
   return *made;
 }
 
@@ -92,13 +92,16 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   const cublasLtHandle_t handle = cublaslt_handle(problem.device);
   const MatmulPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                                 residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
-  cache().run(problem.key(), "linear " + problem.describe(), problem.device, stream, pointers, [&](bool first_only) {
+  cache().run(problem.key(), "linear " + problem.describe(), problem.device, stream, pointers, [&](const Ask& ask) {
     Cache::Ways ways;
-    for (const MatmulAlgorithm& algorithm : matmul_algorithms(handle, problem, first_only ? 1 : kMostAlgorithms)) {
+    for (const MatmulAlgorithm& algorithm :
+         ask.recipe.empty() ? matmul_algorithms(handle, problem, ask.first_only ? 1 : kMostAlgorithms)
+                            : recalled_algorithm(handle, problem, ask.recipe)) {
       ways.push_back({"cublasLt " + std::to_string(ways.size()), algorithm.workspace,
                       [=](const MatmulPointers& at, void* workspace, cudaStream_t on) {
                         launch(handle, problem, algorithm, at, workspace, on);
-                      }});
+                      },
+                      [=, recipe = ask.recipe] { return recipe.empty() ? recipe_of(algorithm) : recipe; }});
     }
     return ways;
   });
@@ -107,6 +110,14 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
 
 std::string linear_plans() {
   return cache().describe();
+}
+
+std::string linear_choices(int64_t device) {
+  return cache().choices(device);
+}
+
+int64_t recall_linear_choices(int64_t device, const std::string& choices) {
+  return cache().recall(device, choices);
 }
 
 }  // namespace sfast

@@ -1,5 +1,8 @@
 #include "matmul.h"
 
+#include <iomanip>
+#include <sstream>
+
 #include "check.h"
 
 namespace sfast {
@@ -7,6 +10,7 @@ namespace {
 
 constexpr uint32_t kAlignment = 16;               // bytes; checked by the caller
 constexpr uint64_t kMostWorkspace = 32ull << 20;  // bytes
+constexpr const char* kRecipe = "cublasLt";
 
 // A matrix layout or matmul description, which cuBLASLt lets live on the stack: building one costs next to nothing.
 cublasLtMatrixLayoutOpaque_t layout(const MatmulProblem& problem, int64_t rows, int64_t columns, int64_t ld) {
@@ -101,6 +105,31 @@ std::vector<MatmulAlgorithm> matmul_algorithms(cublasLtHandle_t handle, const Ma
     algorithms.push_back({results[i].algo, static_cast<int64_t>(results[i].workspaceSize)});
   }
   return algorithms;
+}
+
+std::string recipe_of(const MatmulAlgorithm& algorithm) {
+  std::ostringstream text;
+  text << kRecipe << std::hex;
+  for (const uint64_t word : algorithm.algorithm.data) text << " " << word;
+  return text.str();
+}
+
+std::vector<MatmulAlgorithm> recalled_algorithm(cublasLtHandle_t handle, const MatmulProblem& problem,
+                                                const std::string& recipe) {
+  std::istringstream text(recipe);
+  std::string kind;
+  MatmulAlgorithm algorithm{};
+  text >> kind >> std::hex;
+  for (uint64_t& word : algorithm.algorithm.data) text >> word;
+  if (kind != kRecipe || !text) return {};
+  Described d(problem);
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoCheck(handle, &d.matmul, &d.weight, &d.x, &d.residual, &d.out, &algorithm.algorithm, &result);
+  if (status != CUBLAS_STATUS_SUCCESS || result.state != CUBLAS_STATUS_SUCCESS) return {};
+  if (result.workspaceSize > kMostWorkspace) return {};
+  algorithm.workspace = static_cast<int64_t>(result.workspaceSize);
+  return {algorithm};
 }
 
 void launch(cublasLtHandle_t handle, const MatmulProblem& problem, const MatmulAlgorithm& algorithm,

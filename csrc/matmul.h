@@ -40,6 +40,11 @@ struct MatmulAlgorithm {
 // The heuristics' proposals, best first; empty where cuBLASLt has no kernel for the problem.
 std::vector<MatmulAlgorithm> matmul_algorithms(cublasLtHandle_t handle, const MatmulProblem& problem, int most);
 
+// An algorithm as text, for this version of cuBLASLt; and the way back, which gives none for a text that does not fit.
+std::string recipe_of(const MatmulAlgorithm& algorithm);
+std::vector<MatmulAlgorithm> recalled_algorithm(cublasLtHandle_t handle, const MatmulProblem& problem,
+                                                const std::string& recipe);
+
 void launch(cublasLtHandle_t handle, const MatmulProblem& problem, const MatmulAlgorithm& algorithm,
             const MatmulPointers& pointers, void* workspace, cudaStream_t stream);
 

@@ -19,12 +19,25 @@ STABLE_TORCH_LIBRARY(sfast_native, m) {
 
   // One line for each problem met so far: what runs it, its milliseconds, how long the choice took.
   m.def("plans() -> str");
+
+  // The choices measured on a device, one line each, for another process with the same versions of everything: there
+  // `recall` takes them over (returning how many it knows), and what they are for need not be measured again.
+  m.def("choices(int device) -> str");
+  m.def("recall(int device, str choices) -> int");
 }
 
 namespace {
 
 std::string plans() {
   return sfast::conv2d_plans() + sfast::linear_plans();
+}
+
+std::string choices(int64_t device) {
+  return sfast::conv2d_choices(device) + sfast::linear_choices(device);
+}
+
+int64_t recall(int64_t device, std::string choices) {
+  return sfast::recall_conv2d_choices(device, choices) + sfast::recall_linear_choices(device, choices);
 }
 
 }  // namespace
@@ -36,4 +49,6 @@ STABLE_TORCH_LIBRARY_IMPL(sfast_native, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sfast_native, CompositeExplicitAutograd, m) {
   m.impl("plans", TORCH_BOX(&plans));
+  m.impl("choices", TORCH_BOX(&choices));
+  m.impl("recall", TORCH_BOX(&recall));
 }

@@ -22,4 +22,10 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
 std::string conv2d_plans();
 std::string linear_plans();
 
+// What was measured on one device, as text for another process; and its way back, which returns how many lines it took.
+std::string conv2d_choices(int64_t device);
+std::string linear_choices(int64_t device);
+int64_t recall_conv2d_choices(int64_t device, const std::string& choices);
+int64_t recall_linear_choices(int64_t device, const std::string& choices);
+
 }  // namespace sfast

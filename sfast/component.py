@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sfast import fallback, verify
+from sfast import fallback, native, verify
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import GraphRunner, pool_of
 from sfast.fusions import chosen_fusions
@@ -222,9 +222,8 @@ class Component:
         pool = pool_of(self.state.device)
         try:
             with fallback.timed(f"{self.name}: the first run and the capture"):
-                plan.runner = pool.capture(
-                    lambda inputs: call.run(weights, inputs), tensors, self.config.graph_memory_budget
-                )
+                run = functools.partial(call.run, weights)
+                plan.runner = pool.capture(run, tensors, self.config.graph_memory_budget)
             plan.pointers = self.state.pointers
         except Exception as error:
             plan.capture = False
@@ -255,8 +254,8 @@ class Component:
                 self._note("convolution weights that others look at (a state dict?) keep their memory format")
             self.state.refresh()
         if len(self._plans) >= MAX_PLANS:
-            oldest = next(iter(self._plans))
-            self._drop(self._plans.pop(oldest))
+            self._drop(self._plans.pop(next(iter(self._plans))))  # the oldest
+        native.recall_choices(self.state.device)
         with fallback.timed(f"{self.name}: the eager call"):
             check = verify.Check(self, args, kwargs) if self.config.verify else None
         if check is not None and check.refused is not None:
@@ -303,6 +302,7 @@ class Component:
                     self._traced += isinstance(traced, Trace)
                 if check is not None:
                     check.finish()
+                native.keep_choices(self.state.device)
                 return traced.unflatten(outputs)
             failure = error
             self._drop(plan)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
 from pathlib import Path
 
 import torch
 
-from sfast import elf, fallback
+from sfast import disk_cache, elf, fallback
 
 FOLDER = Path(__file__).parent
 OPS = ("conv2d", "linear", "plans")
@@ -34,6 +35,52 @@ def why_not() -> str | None:
 def plans() -> str:
     """One line for each convolution and linear shape met: the kernel chosen, its time, how long choosing took."""
     return torch.ops.sfast_native.plans() if available() else ""
+
+
+_kept: dict[torch.device, str] = {}  # the choices that are on disk, as this process has read or written them
+
+
+def recall_choices(device: torch.device) -> None:
+    """Once for each GPU: take over the kernels that an earlier process has chosen, so that nothing is measured again."""
+    if device.type != "cuda" or device in _kept or not available():
+        return
+    _kept[device] = disk_cache.get("plans", _environment(device)) or ""
+    if _kept[device]:
+        try:
+            torch.ops.sfast_native.recall(device.index, _kept[device])
+        except Exception as error:  # then they are measured
+            fallback.logger.debug("choices of an earlier process could not be taken over", exc_info=error)
+
+
+def keep_choices(device: torch.device) -> None:
+    """Keep the kernels chosen so far for later processes, together with what others have kept meanwhile."""
+    if device not in _kept:
+        return
+    try:
+        mine = _by_problem(torch.ops.sfast_native.choices(device.index))
+    except Exception as error:
+        fallback.logger.debug("the chosen kernels cannot be kept", exc_info=error)
+        return
+    if mine.items() <= _by_problem(_kept[device]).items():
+        return
+    others = _by_problem(disk_cache.get("plans", _environment(device)) or "")
+    _kept[device] = "".join(f"{problem} = {recipe}\n" for problem, recipe in {**others, **mine}.items())
+    disk_cache.put("plans", _environment(device), _kept[device])
+
+
+def _by_problem(choices: str) -> dict[str, str]:
+    return dict([line.split(" = ", 1) for line in choices.splitlines() if " = " in line])
+
+
+def _environment(device: torch.device) -> str:
+    return f"{disk_cache.environment(device)}, native {_build()}"
+
+
+@functools.cache
+def _build() -> str:
+    """Which build of the native library this is: others number their kernels in other ways."""
+    library = FOLDER / f"_native_cu{(torch.version.cuda or '').split('.')[0]}.so"
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 @functools.cache

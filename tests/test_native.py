@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sfast import fallback, native
+from sfast import disk_cache, fallback, native
 
 CUDA = "13"
 
@@ -127,6 +128,66 @@ class TestAvailability:
         monkeypatch.setattr(native, "_load_one", lambda libraries: 1 / 0)
         assert native.why_not() == "ZeroDivisionError: division by zero"
         assert not native.available()
+
+
+class TestChoices:
+    """What is measured once is taken over by the next process, whoever writes beside it, and nothing of that can raise."""
+
+    DEVICE = torch.device("cuda", 0)
+
+    @pytest.fixture
+    def ops(self, tmp_path, monkeypatch):
+        """The native ops as a later process finds them: `choices` is what it has chosen, `recalled` what it was told."""
+        monkeypatch.setenv("SFAST_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(native, "_kept", {})
+        monkeypatch.setattr(native, "available", lambda: True)
+        monkeypatch.setattr(native, "_environment", lambda device: "this machine")
+        made = SimpleNamespace(chosen="", recalled=[])
+        made.choices = lambda device: made.chosen
+        made.recall = lambda device, choices: made.recalled.append(choices)
+        monkeypatch.setattr(torch.ops, "sfast_native", made)
+        return made
+
+    def test_for_the_next_process(self, ops, monkeypatch):
+        native.recall_choices(self.DEVICE)
+        assert ops.recalled == []
+        ops.chosen = "conv2d 1 2 = cuDNN 41\nlinear 3 = cublasLt 7\n"
+        native.keep_choices(self.DEVICE)
+        native._kept.clear()
+        native.recall_choices(self.DEVICE)
+        native.recall_choices(self.DEVICE)
+        assert ops.recalled == [ops.chosen]
+
+    def test_nothing_new_is_not_written(self, ops, monkeypatch):
+        native.recall_choices(self.DEVICE)
+        ops.chosen = "linear 3 = cublasLt 7\n"
+        native.keep_choices(self.DEVICE)
+        monkeypatch.setattr(disk_cache, "put", lambda *_: pytest.fail("written again"))
+        native.keep_choices(self.DEVICE)
+
+    def test_what_another_process_has_kept_meanwhile_stays(self, ops):
+        native.recall_choices(self.DEVICE)
+        disk_cache.put("plans", "this machine", "conv2d 1 = cuDNN 1\nconv2d 2 = cuDNN 2\n")
+        ops.chosen = "conv2d 2 = cuDNN 3\nconv2d 4 = cuDNN 4\n"
+        native.keep_choices(self.DEVICE)
+        kept = disk_cache.get("plans", "this machine")
+        assert kept == "conv2d 1 = cuDNN 1\nconv2d 2 = cuDNN 3\nconv2d 4 = cuDNN 4\n"
+
+    def test_what_cannot_be_read_is_measured_again(self, ops):
+        def raises(device, choices=""):
+            raise RuntimeError("no such operator")
+
+        disk_cache.put("plans", "this machine", "conv2d 1 = cuDNN 1\n")
+        ops.recall = ops.choices = raises
+        native.recall_choices(self.DEVICE)
+        native.keep_choices(self.DEVICE)
+        assert disk_cache.get("plans", "this machine") == "conv2d 1 = cuDNN 1\n"
+
+    def test_without_a_gpu_there_is_nothing_to_keep(self, ops):
+        native.recall_choices(torch.device("cpu"))
+        ops.chosen = "linear 3 = cublasLt 7\n"
+        native.keep_choices(torch.device("cpu"))
+        assert disk_cache.get("plans", "this machine") is None
 
 
 @pytest.mark.parametrize(

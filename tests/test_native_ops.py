@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,3 +263,57 @@ def test_plans_tell_what_was_chosen(ops):
     line = next(line for line in native.plans().splitlines() if "x [2,16,8,8] weight [16,16,3,3]" in line)
     assert "cuDNN engine" in line
     assert "chosen in" in line
+
+
+# A product, a convolution by cuDNN and one that is a product; input, weight, padding.
+CHOOSES = """
+import sys, torch
+from sfast import native
+assert native.available()
+ops = torch.ops.sfast_native
+known = sys.stdin.read()
+assert ops.recall(0, known) == len(known.splitlines())
+made = torch.Generator("cuda").manual_seed(0)
+half = lambda *s: torch.randn(*s, device="cuda", generator=made).half()
+results = [ops.linear(half(200, 128), half(256, 128), half(256), None, "gelu_tanh")]
+for x, w, padding in ((2, 64, 17, 13), (96, 64, 3, 3), [1, 1]), ((2, 64, 16, 24), (96, 64, 1, 1), [0, 0]):
+    x, w = (half(*s).to(memory_format=torch.channels_last) for s in (x, w))
+    results.append(ops.conv2d(x, w, half(w.shape[0]), None, [1, 1], padding, [1, 1], 1, "none"))
+print(ops.plans(), file=sys.stderr)
+print(sum(r.double().abs().sum().item() for r in results))
+print(ops.choices(0), end="")
+"""
+
+
+def in_a_process(known: str) -> tuple[float, str, str]:
+    """(what the results add up to, the choices, a line for each on how it was made) of a process that is told `known`."""
+    run = subprocess.run([sys.executable, "-c", CHOOSES], input=known, capture_output=True, text=True, check=True)
+    total, _, choices = run.stdout.partition("\n")
+    return float(total), choices, run.stderr
+
+
+def test_choices_go_to_the_next_process(ops):
+    total, choices, story = in_a_process("")
+    assert len(choices.splitlines()) == 3
+    assert "known" not in story
+    again, same, story = in_a_process(choices)
+    assert story.count(", known, made in ") == 3, story
+    assert same == choices
+    assert abs(again - total) <= 1e-3 * total
+
+
+def test_choices_that_do_not_fit_are_made_anew(ops):
+    total, choices, _ = in_a_process("")
+    problems = [line.partition(" = ")[0] for line in choices.splitlines()]
+    foreign = ["cuDNN 99999 1 1", "cublasLt ffff 1 2 3 4 5 6 7", "a kernel of another version"]
+    for recipes in (foreign, foreign[1:] + foreign[:1], ["", "cuDNN", "cublasLt"]):
+        known = "".join(f"{problem} = {recipe}\n" for problem, recipe in zip(problems, recipes, strict=True))
+        again, anew, story = in_a_process(known)
+        assert "known" not in story
+        assert [line.partition(" = ")[0] for line in anew.splitlines()] == problems
+        assert abs(again - total) <= 1e-3 * total
+
+
+def test_lines_that_are_no_choices_are_not_taken(ops):
+    nonsense = "conv2d = x\nlinear 1 2 = y\nconv3d 1 = z\n\nlinear 1 2 3 4 5 6 7 8 9 10 11 12 = w\nlinear a b = v\n"
+    assert ops.recall(0, nonsense) == 0
