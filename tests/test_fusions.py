@@ -21,11 +21,26 @@ GW, GB = torch.randn(8), torch.randn(8)
 CW, CB, R = torch.randn(8, 8, 3, 3), torch.randn(8), torch.randn(2, 8, 6, 5)
 LW, LB = torch.randn(12, 8), torch.randn(12)
 Q = torch.randn(2, 3, 5, 4)
+X5, C3 = torch.randn(2, 8, 3, 6, 5), torch.randn(8, 8, 3, 1, 1)  # a video, and a filter over its frames
+PICTURES, PLACES, EACH = torch.randn(6, 5, 8), torch.randn(10, 3, 8), torch.rand(6, 1, 1)  # two videos of three frames
 
 
 def _geglu(x: Tensor, approximate: str = "none", dim: int = -1, parts: int = 2) -> Tensor:
     h, gate = F.linear(x, LW, LB).chunk(parts, dim)[:2]
     return h * F.gelu(gate, approximate=approximate)
+
+
+def _by_place(x: Tensor) -> Tensor:
+    frames, L, C = 3, *x.shape[1:]
+    return x[None, :].reshape(x.shape[0] // frames, frames, L, C).permute(0, 2, 1, 3).reshape(-1, frames, C)
+
+
+def _by_frame(y: Tensor, turn: tuple[int, ...] = (0, 2, 1, 3)) -> Tensor:
+    return y[None, :].reshape(2, 5, 3, 8).permute(turn).reshape(6, 5, 8)
+
+
+def _normalized(turned: Tensor) -> tuple[Tensor, Tensor]:
+    return F.layer_norm(turned, [8], GW, GB), turned
 
 
 @dataclasses.dataclass
@@ -129,6 +144,82 @@ CASES = [
         (X, R),
     ),
     Case(
+        "conv3d_bias",
+        lambda x: F.conv3d(x, C3, CB, padding=(1, 0, 0)),
+        None,
+        lambda x: F.conv3d(x, C3, None, padding=(1, 0, 0)),  # nothing to fuse
+        (X5,),
+    ),
+    Case(
+        "conv3d_add",
+        lambda x, r: r + F.conv3d(x, C3, CB, padding=(1, 0, 0)),
+        _twice(lambda x, r: F.conv3d(x, C3, None, padding=(1, 0, 0)), lambda m: m + X5),
+        lambda x, r: torch.add(F.conv3d(x, C3, None, padding=(1, 0, 0)), r, alpha=2),
+        (X5, X5 + 1),
+    ),
+    Case(
+        "blend",
+        lambda x, y, a: (1.0 - a) * y + a * x,
+        _twice(lambda x, y, a: a * x, lambda m: m + (1.0 - EACH) * PICTURES),
+        lambda x, y, a: a * x + (2.0 - a) * y,
+        (PICTURES, PICTURES + 1, EACH),
+    ),
+    Case(
+        "blend_add",
+        lambda x, y, a: a * x + (1.0 - a) * (y + x),
+        _twice(lambda x, y, a: y + x, lambda m: EACH * PICTURES + (1.0 - EACH) * m),
+        lambda x, y, a: a * x + (1.0 - a) * torch.add(x, y, alpha=2),
+        (PICTURES, PICTURES + 1, EACH),
+    ),
+    Case(
+        "blend_transposed",
+        lambda x, y, a: a * x + (1.0 - a) * _by_frame(y),
+        _twice(lambda x, y, a: _by_frame(y), lambda m: EACH * PICTURES + (1.0 - EACH) * m),
+        lambda x, y, a: a * x + (1.0 - a) * _by_frame(y, (0, 1, 2, 3)),
+        (PICTURES, PLACES, EACH),
+    ),
+    Case(
+        "blend_transposed_add",
+        lambda x, y, r, a: a * x + (1.0 - a) * _by_frame(y + r),
+        _twice(lambda x, y, r, a: y + r, lambda m: EACH * PICTURES + (1.0 - EACH) * _by_frame(m)),
+        lambda x, y, r, a: a * x + (1.0 - a) * _by_frame(torch.add(y, r, alpha=2)),
+        (PICTURES, PLACES, PLACES + 1, EACH),
+    ),
+    Case(
+        "shift_transpose_layer_norm",
+        lambda x, s: _normalized(_by_place(x + s)),
+        _twice(lambda x, s: x + s, lambda m: _normalized(_by_place(m))),
+        lambda x, s: _normalized(_by_place(torch.add(x, s, alpha=2))),
+        (PICTURES, EACH.expand(6, 1, 8)),
+    ),
+    Case(
+        "add_shift_transpose_layer_norm",
+        lambda x, r, s: (*_normalized(_by_place((x + r) + s)), x + r),
+        _twice(lambda x, r, s: (x + r) + s, lambda m: _normalized(_by_place(m))),
+        lambda x, r, s: _normalized(_by_place(torch.add(x, r, alpha=2) + s)),
+        (PICTURES, PICTURES + 1, EACH.expand(6, 1, 8)),
+    ),
+    Case(
+        "attention",
+        lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1, scale=0.7),
+        None,
+        lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1, attn_mask=q[:1, :1, :1, :1] * 0),
+        (Q,),
+    ),
+    Case(
+        "upsample_nearest2d",
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+        None,
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+    ),
+    Case(
+        "cat_channels",
+        lambda x, r: torch.cat([x, r], dim=1),
+        None,
+        lambda x, r: torch.cat([x, r], dim=2),
+        (X, R),
+    ),
+    Case(
         "xformers_attention",
         lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1),
         None,
@@ -136,14 +227,14 @@ CASES = [
         (Q,),
     ),
 ]
-ALL = chosen_fusions(CompilationConfig(enable_xformers=True))
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def _trace(forward: Callable[..., Any], args: tuple[Tensor, ...]) -> Trace:
+def _trace(forward: Callable[..., Any], args: tuple[Tensor, ...], name: str = "") -> Trace:
     tensors: list[Tensor] = []
     call = flatten((args, {}), tensors)
-    return trace(forward, [], call, tensors, ALL)
+    config = CompilationConfig(enable_xformers=name == "xformers_attention")  # which goes before `attention`
+    return trace(forward, [], call, tensors, chosen_fusions(config))
 
 
 def _agrees(traced: Trace, forward: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
@@ -159,7 +250,7 @@ def test_there_is_a_case_for_every_fusion() -> None:
 
 @each
 def test_fires_on_its_pattern(case: Case) -> None:
-    traced = _trace(case.positive, case.arguments)
+    traced = _trace(case.positive, case.arguments, case.name)
     assert traced.fusions == {case.name: 1}
     _agrees(traced, case.positive, case.arguments)
     fresh = tuple(torch.randn_like(argument) for argument in case.arguments)
@@ -181,7 +272,7 @@ def test_stays_away_when_the_middle_is_read_elsewhere(case: Case) -> None:
 @each
 def test_stays_away_from_another_constant(case: Case) -> None:
     args = (torch.randn(2, 6, 8),) if case.name == "layer_norm" else case.arguments
-    traced = _trace(case.wrong, args)
+    traced = _trace(case.wrong, args, case.name)
     assert case.name not in traced.fusions
     _agrees(traced, case.wrong, args)
 
@@ -202,6 +293,36 @@ def test_gelu_stays_the_gelu_it_was(name: str, approximate: str) -> None:
     assert (traced.run([], [x])[0] - wrong).abs().max() > 1e-4  # far enough apart for this test to tell
 
 
+def _one_head(q: Tensor) -> Tensor:
+    return q[:, :1]
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_attention_of_any_scale(scale: float | None) -> None:
+    def forward(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q * 2, q + 1, attn_mask=None, dropout_p=0.0, scale=scale)
+
+    traced = _trace(forward, (Q,))
+    assert traced.fusions == {"attention": 1}
+    _agrees(traced, forward, (torch.randn_like(Q),))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1, is_causal=True),
+        lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1, attn_mask=q[0, 0] @ q[0, 0].T > 0),
+        lambda q: F.scaled_dot_product_attention(q, _one_head(q), _one_head(q), enable_gqa=True),
+        lambda q: F.scaled_dot_product_attention(q, q * 2, q + 1, dropout_p=1e-30),
+    ],
+    ids=["causal", "mask", "grouped queries", "dropout"],
+)
+def test_stays_away_from_other_attentions(forward: Callable[[Tensor], Tensor]) -> None:
+    traced = _trace(forward, (Q,))
+    assert "attention" not in traced.fusions
+    _agrees(traced, forward, (Q,))
+
+
 def test_a_field_switches_its_fusions_off() -> None:
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_triton=False))}
     assert "group_norm" not in names and "conv2d_add" in names and "xformers_attention" not in names
@@ -209,3 +330,5 @@ def test_a_field_switches_its_fusions_off() -> None:
     assert "conv2d_add" not in names and "group_norm" in names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_linear_geglu=False))}
     assert not any(name.startswith("linear") for name in names)
+    names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_attention=False))}
+    assert "attention" not in names and "conv2d_add" in names

@@ -11,6 +11,7 @@ from torch import Tensor
 from sfast.fusions.group_norm import GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
 from sfast.fusions.linear import LINEAR_SILU
+from sfast.fusions.video import SHIFT_TRANSPOSE_LAYER_NORM
 from sfast.rewrite import Fusion, normalize
 from sfast.structure import flatten
 from sfast.trace import Trace, trace
@@ -65,6 +66,28 @@ def test_a_middle_value_read_elsewhere_refuses() -> None:
         return F.silu(middle), middle.mean()
 
     assert fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).fusions == {}
+
+
+def test_a_sum_that_vanishes_has_its_size_asked_of_its_operands() -> None:
+    def forward(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + shift
+        N, L, C = total.shape
+        turned = total[None, :].reshape(N // 3, 3, L, C).permute(0, 2, 1, 3).reshape(N // 3 * L, 3, C)
+        return F.layer_norm(turned, [8], W[0], B), turned
+
+    inputs = torch.randn(6, 5, 8), torch.randn(6, 1, 8)
+    traced = fused(forward, *inputs, fusions=[SHIFT_TRANSPOSE_LAYER_NORM])
+    assert traced.fusions == {"shift_transpose_layer_norm": 1}
+    for inputs in [(torch.randn(9, 4, 8), torch.randn(9, 1, 8)), (torch.randn(3, 1, 8), torch.randn(1, 7, 8))]:
+        for result, wanted in zip(traced.run([], list(inputs)), forward(*inputs), strict=True):
+            torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+def test_a_division_by_one_of_a_sum_goes() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return ((x + x * 2) / 1.0).transpose(0, 1).reshape(-1)
+
+    assert "aten::div" not in str(fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).graph)
 
 
 def test_a_middle_value_that_is_returned_refuses() -> None:
