@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfast.kernels import conv2d, geglu, group_norm, layer_norm, linear_activation
+from sfast.kernels import cat_channels, conv2d, geglu, group_norm, layer_norm, linear_activation, upsample
 
 COLD_BYTES = 160 << 20  # more than twice the L2 cache of any GPU we know
 MAX_SETS = 200
@@ -88,6 +88,23 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("layer_norm", f"{L}x{C}", ops.layer_norm, layer_norm.layer_norm_reference, rows, 2 * L * C, 0)
         reference = layer_norm.add_layer_norm_reference
         yield Case("add_layer_norm", f"{L}x{C}", ops.add_layer_norm, reference, summed, 4 * L * C, 0)
+
+    for N, C, H, W in [(2, 640, 32, 32), (2, 1280, 16, 16), (2, 640, 64, 64), (1, 512, 128, 128), (1, 256, 512, 512)]:
+
+        def small(N: int = N, C: int = C, H: int = H, W: int = W) -> tuple:
+            return randn(N, C, H, W), None, [2.0, 2.0]
+
+        reference = upsample.upsample_nearest2d_reference
+        moved = 5 * N * C * H * W
+        yield Case("upsample_nearest2d", f"{N}x{C}x{H}x{W} x2", ops.upsample_nearest2d, reference, small, moved, 0)
+
+    for N, A, B, H in [(2, 320, 320, 64), (2, 1280, 640, 32), (2, 1280, 1280, 8), (2, 640, 320, 128)]:
+
+        def skip(N: int = N, A: int = A, B: int = B, H: int = H) -> tuple:
+            return randn(N, A, H, H), randn(N, B, H, H)
+
+        reference, moved = cat_channels.cat_channels_reference, 2 * N * (A + B) * H * H
+        yield Case("cat_channels", f"{N}x{A}+{B}x{H}x{H}", ops.cat_channels, reference, skip, moved, 0)
 
     for L, C in TOKENS:
 

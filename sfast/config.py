@@ -16,7 +16,8 @@ RETIRED = {
     "enable_jit_freeze": "nothing is ever frozen: weights are inputs of the graph, so they stay editable and are never copied",
     "preserve_parameters": "parameters are always preserved",
     "prefer_lowp_gemm": "matrix products always accumulate in fp32: the default is lossless",
-    "trace_scheduler": "schedulers run as they are",
+    "trace_scheduler": "a scheduler's few small kernels are hidden behind the next step once nobody waits for the GPU, "
+    "which is what `enable_host_timesteps` sees to",
 }
 
 
@@ -31,13 +32,17 @@ class CompilationConfig:
         enable_cnn_optimization: fuse convolutions with bias, residual and activation; let cuDNN choose by measuring.
         enable_fused_linear_geglu: fuse linear layers with the GELU, SiLU or GEGLU that follows.
         enable_triton: use Triton kernels for normalizations and activations.
+        enable_memory_kernels: use Triton kernels for what only moves memory: nearest upsampling, concatenation of channels.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
+        enable_fused_attention: choose the kernel of each attention by measuring, from PyTorch's, Triton's and native ones.
         enable_xformers: use xformers' attention where it is installed and works, instead of PyTorch's.
         enable_merged_linears: compute linear layers that read the same tensor, such as queries, keys and values, in one
             product. Their weights move next to each other in memory; nothing is copied for good.
         enable_hoisting: compute what only the prompt (or a control image, or a size) decides once, and not at every step.
             `None` means in pipelines, where a new picture is always noticed. In a module compiled alone, writing through
             `tensor.data` in place is not noticed while the prompt stays the same object, so there it is asked for by name.
+        enable_host_timesteps: let a pipeline's scheduler read the timestep in the host's memory instead of waiting for
+            the GPU at every step.
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
         graph_memory_budget: bytes that captured graphs may hold on one GPU; the least recently used are dropped above
@@ -57,11 +62,14 @@ class CompilationConfig:
     enable_cnn_optimization: bool = True
     enable_fused_linear_geglu: bool = True
     prefer_lowp_gemm: bool = True
+    enable_fused_attention: bool = True
     enable_xformers: bool = False
     enable_merged_linears: bool = True
     enable_hoisting: bool | None = None
+    enable_host_timesteps: bool = True
     enable_cuda_graph: bool = True
     enable_triton: bool = True
+    enable_memory_kernels: bool = True
     enable_native: bool = True
     trace_scheduler: bool = False
     verify: bool = True

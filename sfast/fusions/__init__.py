@@ -7,7 +7,8 @@ Order matters where one pattern contains another; the line says so.
 from __future__ import annotations
 
 from sfast.config import CompilationConfig
-from sfast.fusions.attention import XFORMERS_ATTENTION
+from sfast.fusions.attention import ATTENTION, XFORMERS_ATTENTION
+from sfast.fusions.cat_channels import CAT_CHANNELS
 from sfast.fusions.conv2d import (
     CONV2D_ADD,
     CONV2D_ADD_RELU,
@@ -19,6 +20,17 @@ from sfast.fusions.conv2d import (
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from sfast.fusions.linear import LINEAR_GEGLU, LINEAR_GELU, LINEAR_SILU
+from sfast.fusions.upsample import UPSAMPLE_NEAREST2D
+from sfast.fusions.video import (
+    ADD_SHIFT_TRANSPOSE_LAYER_NORM,
+    BLEND,
+    BLEND_ADD,
+    BLEND_TRANSPOSED,
+    BLEND_TRANSPOSED_ADD,
+    CONV3D_ADD,
+    CONV3D_BIAS,
+    SHIFT_TRANSPOSE_LAYER_NORM,
+)
 from sfast.rewrite import Fusion
 
 FUSIONS: list[Fusion] = [
@@ -29,15 +41,26 @@ FUSIONS: list[Fusion] = [
     #                       take the time embedding's [N, C, 1, 1] for a residual
     GROUP_NORM_SILU,  # before GROUP_NORM, which would leave the SiLU
     GROUP_NORM,
+    ADD_SHIFT_TRANSPOSE_LAYER_NORM,  # the longest first; and before LAYER_NORM, which would leave everything before it
+    SHIFT_TRANSPOSE_LAYER_NORM,
     ADD_LAYER_NORM,  # before LAYER_NORM, which would leave the addition
     LAYER_NORM,
+    BLEND_TRANSPOSED_ADD,  # the longest first: each of these contains a later one
+    BLEND_TRANSPOSED,
+    BLEND_ADD,  # before CONV3D_ADD, which would take the addition inside it and have x read twice
+    BLEND,
+    CONV3D_ADD,  # before CONV3D_BIAS, which would leave the addition
+    CONV3D_BIAS,
     CONV2D_ADD_SILU,  # the longest first: each of these contains a later one
     CONV2D_ADD_RELU,
     CONV2D_SILU,
     CONV2D_RELU,
     CONV2D_ADD,
     CONV2D_BIAS,
-    XFORMERS_ATTENTION,
+    UPSAMPLE_NEAREST2D,
+    CAT_CHANNELS,
+    XFORMERS_ATTENTION,  # before ATTENTION, which has the same pattern: who asks for xformers gets it
+    ATTENTION,
 ]
 
 

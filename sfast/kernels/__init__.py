@@ -1,5 +1,35 @@
 """Importing this package registers every operator of `torch.ops.sfast`, on any machine: nothing here needs a GPU or Triton."""
 
-from sfast.kernels import attention, conv2d, geglu, group_norm, layer_norm, linear_activation, linear_together
+from sfast.kernels import (
+    attention,
+    blend,
+    cat_channels,
+    conv2d,
+    conv3d,
+    geglu,
+    group_norm,
+    layer_norm,
+    linear,
+    linear_activation,
+    linear_together,
+    transpose_layer_norm,
+    upsample,
+    xformers_attention,
+)
 
-__all__ = ["attention", "conv2d", "geglu", "group_norm", "layer_norm", "linear_activation", "linear_together"]
+__all__ = [
+    "attention",
+    "blend",
+    "cat_channels",
+    "conv2d",
+    "conv3d",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "linear_activation",
+    "linear_together",
+    "transpose_layer_norm",
+    "upsample",
+    "xformers_attention",
+]

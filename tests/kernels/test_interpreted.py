@@ -12,7 +12,15 @@ import pytest
 from sfast.kernels.triton_or_none import INTERPRETED, MISSING
 
 HERE = Path(__file__).parent
-FILES = ["test_blend.py", "test_group_norm.py", "test_layer_norm.py", "test_linear.py", "test_transpose_layer_norm.py"]
+FILES = [
+    "test_blend.py",
+    "test_cat_channels.py",
+    "test_group_norm.py",
+    "test_layer_norm.py",
+    "test_linear.py",
+    "test_transpose_layer_norm.py",
+    "test_upsample.py",
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
