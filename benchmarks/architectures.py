@@ -1,8 +1,8 @@
 """The denoisers and autoencoders people run, written out as data, so that a benchmark needs no download.
 
-Each entry is a diffusers class, the constructor arguments of its published configuration, and the published number of
-parameters: a test counts them on the meta device, so that a wrong number in a configuration is noticed. Arguments equal
-to the class's own default are written out where the default is not obviously that model's.
+Each entry is a class of diffusers or transformers, the constructor arguments of its published configuration, and the
+published number of parameters: a test counts them on the meta device, so that a wrong number in a configuration is
+noticed. Arguments equal to the class's own default are written out where the default is not obviously that model's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """A diffusers class, its published configuration, and how many parameters that makes."""
+    """A diffusers or transformers class, its published configuration, and how many parameters that makes."""
 
     cls: str
     parameters: int
@@ -30,6 +30,31 @@ _STABLE_DIFFUSION_1: dict[str, Any] = {
     "layers_per_block": 2,
     "attention_head_dim": 8,
     "cross_attention_dim": 768,
+}
+
+_TINY_UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
+_TINY_CONTROLNET: dict[str, Any] = {
+    **{name: value for name, value in _TINY_UNET.items() if name not in ("sample_size", "up_block_types")},
+    "conditioning_embedding_out_channels": (8, 8, 16, 32),
+}
+
+_VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -96,17 +121,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     # The autoencoders of SD 1, SD 2 and SDXL have one shape and differ in their weights.
-    "sd-vae": Architecture(
-        "AutoencoderKL",
-        83_653_863,
+    "sd-vae": Architecture("AutoencoderKL", 83_653_863, _VAE),
+    # The one that pipelines in half precision use, because it need not be cast to fp32 for every picture.
+    "sdxl-vae-fp16": Architecture(
+        "AutoencoderKL", 83_653_863, {**_VAE, "force_upcast": False, "scaling_factor": 0.13025}
+    ),
+    "clip-l-text": Architecture(
+        "CLIPTextModel",
+        123_060_480,
         {
-            "in_channels": 3,
-            "out_channels": 3,
-            "block_out_channels": (128, 256, 512, 512),
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "layers_per_block": 2,
-            "latent_channels": 4,
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "hidden_act": "quick_gelu",
+        },
+    ),
+    "clip-g-text": Architecture(
+        "CLIPTextModelWithProjection",
+        694_659_840,
+        {
+            "vocab_size": 49408,
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "projection_dim": 1280,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 20,
+            "hidden_act": "gelu",
         },
     ),
     "flux-dev": Architecture(
@@ -219,19 +261,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "cap_feat_dim": 2560,
         },
     ),
-    # Not published anywhere: a UNet and an autoencoder of the same blocks, small enough to run the scripts on a CPU.
-    "tiny-unet": Architecture(
-        "UNet2DConditionModel",
-        792_964,
+    # Not published anywhere: models of the same blocks, small enough to run the scripts on a CPU.
+    "tiny-unet": Architecture("UNet2DConditionModel", 792_964, _TINY_UNET),
+    "tiny-controlnet": Architecture("ControlNetModel", 426_040, _TINY_CONTROLNET),
+    "tiny-svd": Architecture(
+        "UNetSpatioTemporalConditionModel",
+        1_937_168,
         {
             "sample_size": 16,
             "block_out_channels": (32, 64),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
             "layers_per_block": 1,
-            "attention_head_dim": 8,
-            "cross_attention_dim": 32,
-            "norm_num_groups": 8,
+            "num_attention_heads": (2, 4),
+            "cross_attention_dim": 1024,
+            "addition_time_embed_dim": 16,
+            "projection_class_embeddings_input_dim": 48,
+            "num_frames": 2,
         },
     ),
     "tiny-vae": Architecture(
@@ -244,6 +290,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layers_per_block": 1,
             "latent_channels": 4,
             "norm_num_groups": 8,
+        },
+    ),
+    "tiny-text": Architecture(
+        "CLIPTextModel",
+        1_600_672,
+        {
+            "vocab_size": 49408,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "hidden_act": "quick_gelu",
         },
     ),
 }

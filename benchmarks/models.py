@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures import ARCHITECTURES
+from benchmarks.pictures import COMPARED, picture_inputs, picture_step, stable_diffusion, stable_diffusion_xl
 
 Inputs = dict[str, Any]
 Parts = dict[str, nn.Module]
@@ -51,34 +53,41 @@ class Model:
     height: int
     batch: int  # of the denoiser's input: twice the pictures where guidance is classifier-free
     inputs: Callable[[Model, Draw, int], list[Inputs]]
-    step: Callable[[Parts, Inputs], Tensor]
+    step: Callable[[Any, Inputs], Tensor]  # takes the parts, or the pipeline made of them
     compiled: tuple[str, ...] = ()  # dotted paths of what is compiled; the parts themselves if empty
+    pipeline: Callable[[Parts], Any] | None = None  # makes a pipeline of the parts: then a "step" is a whole picture
+    compared: Inputs = field(default_factory=dict)  # arguments that are other ones where the output is compared
 
     @property
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
 
-    def resized(self, width: int | None, height: int | None, batch: int | None) -> Model:
-        values = dict(vars(self), width=width or self.width, height=height or self.height, batch=batch or self.batch)
-        return Model(**values)
+    def resized(self, width: int, height: int, pictures: int) -> Model:
+        """The same model at another size in pixels, for so many pictures at once."""
+        return replace(self, width=width, height=height, batch=self.batch * pictures)
 
 
 # Building.
 
 
 def class_of(name: str) -> type[nn.Module]:
-    """The diffusers class of `ARCHITECTURES[name]`; its first use imports much, so a benchmark asks ahead of time."""
+    """The class of `ARCHITECTURES[name]`; its first use imports much, so a benchmark asks ahead of time."""
     import diffusers
+    import transformers
 
     cls = ARCHITECTURES[name].cls
-    if not hasattr(diffusers, cls):
-        raise LookupError(f"{name} needs a diffusers with {cls}, got diffusers {diffusers.__version__}")
-    return getattr(diffusers, cls)
+    for library in (diffusers, transformers):
+        if hasattr(library, cls):
+            return getattr(library, cls)
+    raise LookupError(f"{name} needs a diffusers with {cls}, got diffusers {diffusers.__version__}")
 
 
 def build_architecture(name: str) -> nn.Module:
     """The module of `ARCHITECTURES[name]` on torch's default device in its default dtype, in evaluation mode."""
-    return class_of(name)(**ARCHITECTURES[name].config).eval().requires_grad_(False)
+    cls, config = class_of(name), ARCHITECTURES[name].config
+    known = getattr(cls, "config_class", None)  # transformers takes one object
+    module: nn.Module = cls(known(**config)) if known else cls(**config)
+    return module.eval().requires_grad_(False)
 
 
 def build(model: Model, device: torch.device, seed: int = 0) -> Parts:
@@ -317,6 +326,18 @@ def _encode(name: str, architecture: str, size: int, precision: str = "fp16") ->
     return Model(name, vae, precision, size, size, 1, _encode_inputs, _encode_step, ("vae.encoder",))
 
 
+def _picture(
+    name: str, parts: dict[str, str], pipeline: Callable[[Parts], Any], size: int, steps: int, precision: str = "fp16"
+) -> Model:
+    inputs = partial(picture_inputs, denoising=steps)
+    compiled = ("unet", "vae.decoder")  # what diffusers' documentation has torch.compile compile
+    return Model(name, parts, precision, size, size, 2, inputs, picture_step, compiled, pipeline, COMPARED)
+
+
+_SD15 = {"text_encoder": "clip-l-text", "unet": "sd15-unet", "vae": "sd-vae"}
+_SDXL = {"text_encoder": "clip-l-text", "text_encoder_2": "clip-g-text", "unet": "sdxl-unet", "vae": "sdxl-vae-fp16"}
+_TINY_PICTURE = {"text_encoder": "tiny-text", "unet": "tiny-unet", "vae": "tiny-vae"}
+_TINY_CONTROLNET = {"controlnet": "tiny-controlnet", "unet": "tiny-unet"}
 _SD15_CONTROLNET = {"controlnet": "sd15-controlnet", "unet": "sd15-unet"}
 
 MODELS: dict[str, Model] = {
@@ -330,6 +351,8 @@ MODELS: dict[str, Model] = {
         _decode("vae512", "sd-vae", 512),
         _encode("vae512-encode", "sd-vae", 512),
         _decode("vae1024", "sd-vae", 1024),
+        _picture("sd15-picture", _SD15, stable_diffusion, 512, 30),
+        _picture("sdxl-picture", _SDXL, stable_diffusion_xl, 1024, 30),
         _transformer("flux", "flux-dev", 1024, 1024, 1, _flux_inputs),
         _transformer("sd35m", "sd35-medium", 1024, 1024, 2, _sd3_inputs),
         _transformer("qwen-image", "qwen-image", 1328, 1328, 1, _qwen_inputs),
@@ -338,6 +361,10 @@ MODELS: dict[str, Model] = {
         _transformer("pixart", "pixart-sigma", 1024, 1024, 2, _pixart_inputs),
         Model("z-image", {"transformer": "z-image"}, "bf16", 1024, 1024, 1, _z_image_inputs, _z_image_step),
         _unet("tiny", "tiny-unet", 64, "fp32"),
+        Model("tiny-controlnet", _TINY_CONTROLNET, "fp32", 64, 64, 2, _controlnet_inputs, _controlnet_step),
+        Model("tiny-svd", {"unet": "tiny-svd"}, "fp32", 64, 32, 2, _svd_inputs, _unet_step),
         _decode("tiny-vae", "tiny-vae", 32, "fp32"),
+        _encode("tiny-vae-encode", "tiny-vae", 32, "fp32"),
+        _picture("tiny-picture", _TINY_PICTURE, stable_diffusion, 64, 4, "fp32"),
     )
 }

@@ -4,11 +4,13 @@ Every variant of a model runs in a process forked for it alone, with fresh cache
 inputs. Its outputs are compared with fp32 before a speed is printed. A row is appended to the results as soon as it is
 measured, so a run that is cut short keeps what it has. What the columns mean:
 
-ms, ms_p20, ms_p80   median and percentiles of the time from one denoiser step to the next, on the GPU's clock
-first_call_s         from before compiling to the first result on the host, imports excluded, nothing cached
+ms, ms_p20, ms_p80   median and percentiles of the time from one denoiser step to the next, on the GPU's clock;
+                     of a model called ...-picture: from one picture to the next
+first_call_s         from before compiling to the first result on the host, imports excluded, nothing cached; of a
+                     variant called ...-again: with the caches that the variant has filled in a process before
 peak_gib             the most that PyTorch's allocator took from the GPU (reserved, which counts a CUDA graph's pool;
                      allocated would not), weights included
-nodes                kernels, copies and memsets on the GPU in one step, as the profiler sees them
+nodes                kernels, copies and memsets on the GPU in one step (or picture), as the profiler sees them
 error, eager_error   ||output - fp32|| / ||fp32||, the worse of two fresh inputs, one before and one after the timing
 """
 
@@ -19,6 +21,7 @@ import csv
 import datetime
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +38,7 @@ import itertools
 
 import torch
 
-from benchmarks.measure import LADDER, VARIANTS, Settings, measure, reference
+from benchmarks.measure import AGAIN, LADDER, VARIANTS, Settings, measure, reference
 from benchmarks.models import MODELS, Model, class_of
 
 COLUMNS = [
@@ -76,8 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"run {options.run}, torch {torch.__version__}, {device}, commit {fixed['commit']}", flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         for name in options.models:
-            model = MODELS[name].resized(options.width, options.height, options.batch)
-            failures += run_model(model, options, settings, fixed, deadline, Path(scratch))
+            model = MODELS[name]
+            for width, height in options.sizes or [(model.width, model.height)]:
+                for pictures in options.pictures:
+                    resized = model.resized(width, height, pictures)
+                    failures += run_model(resized, options, settings, fixed, deadline, Path(scratch))
     return 1 if failures else 0
 
 
@@ -95,9 +101,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of timed steps, at most (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few iterations only")
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, by kernel class")
-    parser.add_argument("--width", type=int, help="in pixels, instead of the model's own")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--batch", type=int, help="of the denoiser's input, instead of the model's own")
+    parser.add_argument(
+        "--sizes", type=_sizes, help="in pixels, instead of the model's own: 768,1536 or 768x512,1024x576"
+    )
+    parser.add_argument(
+        "--pictures", type=_numbers, default=[1], help="at once, e.g. 1,4,16; guidance doubles the denoiser's batch"
+    )
     parser.add_argument("--out", type=Path, help=f"append the rows here ({RESULTS.name}, but for tiny models nowhere)")
     parser.add_argument("--run", default=datetime.datetime.now().strftime("%Y-%m-%dT%H:%M"), help="name of this run")
     parser.add_argument("--device", help="cuda or cpu; cuda where there is one")
@@ -107,7 +116,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.models = _names(parser, "model", options.models, MODELS)
     ladder = ",".join(f"sfast-{rung}" for rung in LADDER)
     options.variants = _names(parser, "variant", options.variants.replace("ladder", ladder), VARIANTS)
+    for i, variant in enumerate(options.variants):
+        if variant.endswith(AGAIN) and variant.removesuffix(AGAIN) not in options.variants[:i]:
+            parser.error(f"{variant} measures what {variant.removesuffix(AGAIN)} has left behind: name that before it")
     return options
+
+
+def _numbers(given: str) -> list[int]:
+    return [int(number) for number in given.split(",")]
+
+
+def _sizes(given: str) -> list[tuple[int, int]]:
+    """Pairs of width and height."""
+    pairs = [size.partition("x") for size in given.split(",")]
+    return [(int(width), int(height or width)) for width, _, height in pairs]
 
 
 def _names(parser: argparse.ArgumentParser, what: str, given: str, known: Any) -> list[str]:
@@ -146,7 +168,10 @@ def run_model(
     print(HEADER, flush=True)
     failures, medians = 0, {}
     for variant in options.variants:
-        row = in_fresh_process(partial(measure, model, variant, settings, path, eager_error), left())
+        caches = scratch / f"caches-{variant.removesuffix(AGAIN)}"
+        if not variant.endswith(AGAIN):
+            shutil.rmtree(caches, ignore_errors=True)
+        row = in_fresh_process(partial(measure, model, variant, settings, path, eager_error), left(), caches)
         if "failed" in row:
             print(f"  {variant:<24} {row['failed']}", flush=True)
             failures += 1
@@ -163,6 +188,8 @@ def run_model(
         if out:
             append(out, row)
     print_ladder(medians)
+    for caches in scratch.glob("caches-*"):
+        shutil.rmtree(caches)
     return failures
 
 
@@ -210,14 +237,14 @@ def append(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(values)
 
 
-def in_fresh_process(task: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The result of `task` run in a forked process with empty caches, or {"failed": why}."""
+def in_fresh_process(task: Callable[[], dict[str, Any]], seconds: float, caches: Path | None = None) -> dict[str, Any]:
+    """The result of `task` run in a forked process, or {"failed": why}; caches are empty unless a folder is given."""
     if seconds <= 0:
         return {"failed": "not started: the deadline has passed"}
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="benchmark-caches-") as caches:
-        process = context.Process(target=_child, args=(task, sender, Path(caches)))
+    with tempfile.TemporaryDirectory(prefix="benchmark-caches-") as empty:
+        process = context.Process(target=_child, args=(task, sender, caches or Path(empty)))
         process.start()
         sender.close()
         try:

@@ -17,6 +17,7 @@ from sfast.components import find_components
 from sfast.config import CompilationConfig
 from sfast.kernels.precompile import prepare
 from sfast.loop import Pictures
+from sfast.scheduler import Follower, leave
 from sfast.trace import is_scripted
 from sfast.versions import check_torch
 
@@ -45,7 +46,7 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     modules = find_components(target)
     for name, module in modules.items():
         _check_has_data(name, module)
-    pictures = None if isinstance(target, torch.nn.Module) else Pictures()
+    pictures = None if isinstance(target, torch.nn.Module) else Pictures(_followed(target, config))
     for name, module in modules.items():
         installed = component_of(module)
         if installed is not None and installed.config == config:
@@ -68,6 +69,15 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     return target
 
 
+def _followed(pipe: object, config: CompilationConfig) -> Follower | None:
+    if config.enable_host_timesteps:
+        follower = Follower(pipe)
+        follower.look()
+        return follower
+    leave(getattr(pipe, "scheduler", None))
+    return None
+
+
 def restore(target: T) -> T:
     """Take everything back: forwards, memory formats and values are as before `compile`, bit for bit.
 
@@ -78,6 +88,7 @@ def restore(target: T) -> T:
         installed = component_of(module)
         if installed is not None:
             installed.remove()
+    leave(getattr(target, "scheduler", None))
     return target
 
 

@@ -13,6 +13,7 @@ import weakref
 import torch
 
 from sfast.cuda_graph import GraphPool, GraphRunner
+from sfast.scheduler import Follower
 from sfast.trace import Split
 from sfast.verify import version_of
 
@@ -23,11 +24,14 @@ BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")  # 
 class Pictures:
     """Counts a pipeline's pictures: encoding a prompt or decoding latents is what happens between two loops."""
 
-    def __init__(self) -> None:
+    def __init__(self, follower: Follower | None = None) -> None:
         self.count = 0
+        self._follower = follower
 
     def saw(self, component: str) -> None:
         """A component of the pipeline is called."""
+        if self._follower is not None:
+            self._follower.look()
         if component.startswith(BETWEEN_PICTURES):
             self.count += 1
 

@@ -1,0 +1,110 @@
+"""A scheduler reads the timestep on the host, so that the GPU need not wait for it.
+
+A pipeline keeps its timesteps on the GPU. Schedulers that look a timestep up in a table, or ask whether it is below zero
+(DDIM, DDPM, PNDM, LCM, ...), wait three times a step until the GPU has computed everything before; then the GPU waits
+until the next step has been launched. But the timestep is an element of `scheduler.timesteps`, and where it lies there
+says which: one copy of all of them, made before the first step, answers every question after it. The numbers are the same,
+so the pictures are, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from typing import Any
+
+import torch
+
+from sfast.verify import version_of
+
+METHODS = ("scale_model_input", "step")  # what a pipeline calls with a timestep, the first before a loop's first step
+
+
+class Timesteps:
+    """A scheduler's timesteps on the host, read once for each loop."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._known: torch.Tensor | None = None  # what was copied; an inference tensor is known by identity alone
+        self._version = 0
+        self._on_host = torch.empty(0)
+
+    def on_host(self, value: Any) -> Any:
+        """A timestep, as an element of a copy in the host's memory; whatever else it is, as it is."""
+        times = getattr(self.scheduler, "timesteps", None)
+        if not isinstance(times, torch.Tensor) or times.dim() != 1 or times.is_cpu or not times.numel():
+            return value
+        place = place_in(times, value)
+        if place is None:
+            return value
+        if times is not self._known or version_of(times) != self._version:
+            self._on_host = times.cpu()
+            self._known, self._version = times, version_of(times)
+        return self._on_host[place]
+
+
+class OnHost:
+    """A scheduler's method in its own place, called with timesteps on the host."""
+
+    def __init__(self, scheduler: Any, name: str, timesteps: Timesteps) -> None:
+        self._method = getattr(scheduler, name)
+        self._scheduler, self._name = scheduler, name
+        self._timesteps = timesteps
+        functools.update_wrapper(self, self._method, updated=())  # pipelines read the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        look = self._timesteps.on_host
+        return self._method(*[look(arg) for arg in args], **{name: look(arg) for name, arg in kwargs.items()})
+
+    def __reduce__(self) -> Any:  # a copied scheduler has a method of its own
+        return _own_method, (self._scheduler, self._name)
+
+
+class Follower:
+    """Sees to it that a pipeline's scheduler reads timesteps on the host, also when it is another one than before."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._scheduler: Any = None
+
+    def look(self) -> None:
+        """To be called often: before a scheduler's first step."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        if scheduler is not self._scheduler:
+            self._scheduler = scheduler
+            follow(scheduler)
+
+
+def follow(scheduler: Any) -> None:
+    """Have a scheduler's methods called with timesteps on the host; twice is once."""
+    own = getattr(scheduler, "__dict__", {})
+    for name in METHODS:
+        method = getattr(type(scheduler), name, None)
+        if method is None or (name in own and getattr(own[name], "__func__", None) is not method):
+            return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
+    timesteps = Timesteps(scheduler)
+    for name in METHODS:
+        own[name] = OnHost(scheduler, name, timesteps)
+
+
+def leave(scheduler: Any) -> None:
+    """Undo `follow`."""
+    own = getattr(scheduler, "__dict__", {})
+    for name in METHODS:
+        if isinstance(own.get(name), OnHost):
+            del own[name]
+
+
+def place_in(times: torch.Tensor, value: Any) -> int | None:
+    """Which element of the vector `times` a tensor without dimensions is, by where it lies; None if it is none."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        return None
+    if value.device != times.device or value.dtype != times.dtype or not times.stride(0):
+        return None
+    place, rest = divmod(value.data_ptr() - times.data_ptr(), times.element_size() * times.stride(0))
+    return place if not rest and 0 <= place < times.numel() else None
+
+
+def _own_method(scheduler: Any, name: str) -> Any:
+    return types.MethodType(getattr(type(scheduler), name), scheduler)
