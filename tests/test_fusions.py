@@ -16,7 +16,7 @@ from sfast.trace import Trace, trace
 
 X = torch.randn(2, 8, 6, 5)
 V = torch.randn(2, 3, 8)
-SHIFT = torch.randn(2, 8, 1, 1)
+SHIFT = torch.randn(2, 8)
 GW, GB = torch.randn(8), torch.randn(8)
 CW, CB, R = torch.randn(8, 8, 3, 3), torch.randn(8), torch.randn(2, 8, 6, 5)
 LW, LB = torch.randn(12, 8), torch.randn(12)
@@ -70,9 +70,9 @@ CASES = [
     ),
     Case(
         "add_group_norm_silu",
-        lambda x, s: F.silu(F.group_norm(x + s, 4, GW, GB, 1e-6)),
-        _twice(lambda x, s: x + s, lambda m: F.silu(F.group_norm(m, 4, GW, GB))),
-        lambda x, s: F.silu(F.group_norm(torch.add(x, s, alpha=2), 4, GW, GB)),
+        lambda x, s: F.silu(F.group_norm(s[:, :, None, None] + x, 4, GW, GB, 1e-6)),
+        _twice(lambda x, s: x + s[:, :, None, None], lambda m: F.silu(F.group_norm(m, 4, GW, GB))),
+        lambda x, s: F.silu(F.group_norm(torch.add(x, s[:, :, None, None], alpha=2), 4, GW, GB)),
         (X, SHIFT),
     ),
     Case("layer_norm", lambda x: F.layer_norm(x, [8], GW, GB), None, lambda x: F.group_norm(x, 3), (V,)),
@@ -82,6 +82,29 @@ CASES = [
         None,  # its middle value, the sum, is a result
         lambda x, r: F.layer_norm(torch.add(x, r, alpha=0.5), [8], GW, GB),
         (V, V + 1),
+    ),
+    Case(
+        "linear",
+        lambda x: F.linear(x, LW, LB),
+        None,
+        lambda x: F.bilinear(x, x, torch.ones(4, 8, 8)),
+        (V,),
+    ),
+    Case(
+        "linear_add",
+        lambda x, r: r + F.linear(x, LW, LB),
+        _twice(lambda x, r: F.linear(x, LW, LB), lambda m: m + LB),
+        lambda x, r: torch.add(r, F.linear(x, LW, LB), alpha=2),
+        (V, torch.randn(2, 3, 12)),
+    ),
+    Case(
+        "linear_image_add",
+        lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12).permute(0, 3, 1, 2).contiguous() + r,
+        _twice(
+            lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12), lambda m: m.permute(0, 3, 1, 2) + LB.view(12, 1, 1)
+        ),
+        lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12).permute(0, 3, 2, 1) + r.mT,
+        (V, torch.randn(2, 12, 3, 1)),
     ),
     Case(
         "linear_gelu",

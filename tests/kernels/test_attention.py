@@ -1,8 +1,7 @@
-"""xformers' attention: used in its own layout where it works, PyTorch's with one line where it is missing or fails."""
+"""Attention's own kernels against fp64 on odd shapes and strides, and the operator that chooses between all of them."""
 
-import logging
-import sys
-import types
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,68 +10,213 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfast import fallback
-from sfast.kernels import attention, op
+from sfast.kernels import attention, attention_triton, choice
+from sfast.kernels.attention import attention_reference
+from sfast.kernels.triton_or_none import INTERPRETED
+from tests.kernels.fp64 import assert_close_to_fp64
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FEW, TINY, WIDE = attention_triton.attend_to_few_keys, attention_triton.attend_tiny, attention_triton.attend_wide
+TAKES = {
+    FEW: attention_triton.takes_few_keys,
+    TINY: attention_triton.takes_tiny,
+    WIDE: attention_triton.takes_wide,
+}
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    def forget() -> None:
-        attention._memory_efficient_attention.cache_clear()
-        op.wake()
-        fallback.forget()
-
-    forget()
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if INTERPRETED:
+        _multiply_bfloat16(monkeypatch)
+    monkeypatch.setenv("SFAST_CACHE_DIR", "")
+    choice.forget()
     yield
-    forget()
+    choice.forget()
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, attend: Any) -> None:
-    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
-    package.ops, ops.memory_efficient_attention = ops, attend  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+def _multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter holds bf16 as integers, and multiplies matrices of them as integers: let it widen them first."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float, tl
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = _convert_float(handle.data, tl.bfloat16, tl.float32, None).view("float32")
+        return TensorHandle(data, tl.float32)
+
+    def create(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create)
 
 
-def _inputs() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+def _inputs(
+    B: int, H: int, T: int, N: int, D: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As projections make them: [B, tokens, H, D], seen as [B, H, tokens, D]."""
+    torch.manual_seed(T)
+    query, key, value = (torch.randn(B, tokens, H, D).to(device, dtype).transpose(1, 2) for tokens in (T, N, N))
+    return query, key, value
 
 
-def _runs_as_pytorch(caplog: pytest.LogCaptureFixture, line: str) -> None:
-    inputs = _inputs()
-    with caplog.at_level(logging.WARNING, "sfast"):
-        for _ in range(2):
-            torch.testing.assert_close(
-                torch.ops.sfast.xformers_attention(*inputs), F.scaled_dot_product_attention(*inputs)
-            )
-    assert len(caplog.records) == 1
-    assert line in caplog.text
+def _check(attend: Any, inputs: tuple[Tensor, Tensor, Tensor], scale: float | None = None) -> None:
+    assert TAKES[attend](*inputs)
+    assert_close_to_fp64(attend(*inputs, scale), attention_reference, *inputs, scale)
 
 
-def test_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shapes.append((tuple(query.shape), tuple(key.shape), tuple(value.shape)))
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
-
-    _install(monkeypatch, attend)
-    query, key, value = _inputs()
-    result = torch.ops.sfast.xformers_attention(query, key, value)
-    torch.testing.assert_close(result, F.scaled_dot_product_attention(query, key, value))
-    assert shapes == [((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))]
+@pytest.fixture
+def kernel(runs_kernel: bool) -> None:
+    if not runs_kernel:
+        pytest.skip("needs a GPU or Triton's interpreter")
 
 
-@pytest.mark.usefixtures("falls_back")
-def test_missing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    _runs_as_pytorch(caplog, "xformers attention: runs as PyTorch's")
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("attend", "shape"),
+    [
+        (FEW, (2, 3, 130, 77, 40)),
+        (FEW, (1, 2, 33, 17, 80)),
+        (FEW, (1, 2, 7, 200, 48)),
+        (FEW, (1, 2, 9, 50, 160)),
+        (FEW, (2, 1, 65, 154, 24)),
+        (FEW, (1, 1, 1, 2, 5)),
+        (TINY, (5, 3, 14, 14, 64)),
+        (TINY, (3, 3, 24, 24, 40)),
+        (TINY, (2, 1, 33, 60, 24)),
+        (TINY, (9, 2, 1, 3, 7)),
+        (WIDE, (1, 1, 150, 130, 288)),
+        (WIDE, (2, 2, 10, 67, 260)),
+    ],
+    ids=str,
+)
+def test_kernels(attend, shape, dtype, device) -> None:
+    _check(attend, _inputs(*shape, dtype, device))
 
 
-@pytest.mark.usefixtures("falls_back")
-def test_failing_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def attend(*args: Tensor) -> Tensor:
-        raise NotImplementedError("No operator found for this attention")
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("attend", [FEW, TINY, WIDE])
+@pytest.mark.parametrize("scale", [0.0, 0.5, -0.3])
+def test_any_scale(attend, scale, device) -> None:
+    _check(attend, _inputs(2, 2, 9, 20, 272 if attend is WIDE else 24, torch.float16, device), scale)
 
-    _install(monkeypatch, attend)
-    _runs_as_pytorch(caplog, "No operator found")
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("attend", [FEW, TINY, WIDE])
+def test_any_strides(attend, device) -> None:
+    D = 272 if attend is WIDE else 24
+    packed = torch.randn(2, 20, 3, 2, D, device=device)  # [B, T, (q, k, v), H, D]: one product for all three
+    _check(attend, packed.permute(2, 0, 3, 1, 4).unbind(0))
+    _check(attend, torch.randn(3, 2, 2, 20, D, device=device).unbind(0))  # heads before tokens
+    _check(attend, torch.randn(3, 20, 2, 2, D + 3, device=device)[..., 1:-2].permute(0, 2, 3, 1, 4).unbind(0))
+    shared = torch.randn(2, 1, 20, D, device=device).expand(2, 3, 20, D)  # all heads read the same
+    _check(attend, (shared, shared.flip(2), shared))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_wide_heads_in_pieces(device, monkeypatch) -> None:
+    inputs = _inputs(1, 2, 300, 70, 272, torch.float16, device)
+    monkeypatch.setattr(attention_triton, "SCORES_BYTES", 128 * 70 * 4)
+    monkeypatch.setattr(attention_triton, "WEIGHTS_BYTES", 256 * 70 * 2)
+    monkeypatch.setattr(attention_triton, "WHOLE_ROW", 32)
+    _check(WIDE, inputs)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_weights_of_many_keys_do_not_vanish_and_sums_do_not_overflow(device) -> None:
+    query, key, value = _inputs(1, 1, 4, 20000, 272, torch.float16, device)
+    _check(WIDE, (query * 0, key, value + 100))  # each weight is 5e-5 of the sum; weights of 1 sum up to 2e6
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("attend", [FEW, TINY, WIDE])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_not_finite_spoils_no_other_pair(attend, what, where, device) -> None:
+    inputs = _inputs(3, 2, 5, 6, 272 if attend is WIDE else 24, torch.float32, device)
+    inputs[("query", "key", "value").index(where)][1, 1, 2, 3] = what
+    spoilt = attend(*inputs, None).isfinite().all(-1).all(-1).logical_not()
+    assert spoilt.tolist() == [[False, False], [False, True], [False, False]]
+
+
+def test_tiles_hold_all_keys_and_not_many_more() -> None:
+    assert [attention_triton._two_tiles(n) for n in (1, 14, 77, 128, 154, 200)] == [
+        (16, 0), (16, 0), (64, 16), (128, 0), (128, 32), (256, 0)
+    ]  # fmt: skip
+    for n in range(1, 257):
+        assert n <= sum(attention_triton._two_tiles(n)) <= max(16, 2 * n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 14, 8), (2, 1, 1, 5)], ids=str)
+def test_one_key_is_the_value(shape, dtype, device) -> None:
+    B, H, T, D = shape
+    inputs = _inputs(B, H, T, 1, D, dtype, device)
+    result = torch.ops.sfast.attention(*inputs, None)
+    expected = F.scaled_dot_product_attention(*inputs)
+    assert torch.equal(result, expected) and result.shape == expected.shape
+    assert result.transpose(1, 2).is_contiguous()
+    result.add_(1)  # memory of its own
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40, 77, 24), (4, 2, 14, 14, 32), (1, 1, 20, 30, 264), (1, 2, 300, 300, 16)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operator(shape, dtype, device) -> None:
+    inputs = (*_inputs(*shape, dtype, device), 0.2)
+    for _ in range(2):  # chooses, and has chosen
+        assert_close_to_fp64(torch.ops.sfast.attention(*inputs), attention_reference, *inputs)
+
+
+def test_every_way_of_the_operator_is_right(device, monkeypatch) -> None:
+    seen = []
+
+    def run_all(question: str, ways: dict[str, choice.Way], *inputs: Any) -> Tensor:
+        for way in ways.values():
+            assert_close_to_fp64(way(*inputs), attention_reference, *inputs)
+        seen.append(list(ways))
+        return ways["torch"](*inputs)
+
+    monkeypatch.setattr(choice, "fastest", run_all)
+    for D in (16, 40, 64, 80, 128, 160, 256, 512):
+        for T, N in ((14, 14), (130, 77), (300, 300)):
+            torch.ops.sfast.attention(*_inputs(2, 2, T, N, D, torch.float16, device), None)
+    if device.type == "cuda":
+        assert len(seen) == 24
+
+
+def test_what_does_not_fit_is_left_to_pytorch() -> None:
+    three = [torch.randn(2, 5, 8) for _ in range(3)]
+    wide_values = [*(torch.randn(2, 2, 5, 8) for _ in range(2)), torch.randn(2, 2, 5, 12)]
+    one_head = [torch.randn(2, 3, 5, 8), *(torch.randn(1, 3, 5, 8) for _ in range(2))]
+    double = [torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(3)]
+    for inputs in (three, wide_values, one_head, double):
+        torch.testing.assert_close(torch.ops.sfast.attention(*inputs, None), F.scaled_dot_product_attention(*inputs))
+
+
+def test_shapes_without_data() -> None:
+    with torch.device("meta"):
+        query, key, value = torch.empty(2, 3, 5, 8), torch.empty(2, 3, 7, 8), torch.empty(2, 3, 7, 12)
+        assert torch.ops.sfast.attention(query, key, value, None).shape == (2, 3, 5, 12)
+        assert torch.ops.sfast.attention(query[0], key[0], value[0], None).shape == (3, 5, 12)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_uses_what_was_chosen_before() -> None:
+    inputs = _inputs(2, 8, 256, 77, 64, torch.float16, torch.device("cuda", 0))
+    expected = torch.ops.sfast.attention(*inputs, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = torch.ops.sfast.attention(*inputs, None)
+        other = torch.ops.sfast.attention(*(tensor[:1] for tensor in inputs), None)  # never asked: the default
+    graph.replay()
+    assert torch.equal(chosen, expected)
+    torch.testing.assert_close(other, expected[:1], rtol=2e-3, atol=2e-3)
+    assert attention_reference(*inputs, None).shape == chosen.shape
+
+
+def test_gpu_capability_decides_who_is_asked(monkeypatch) -> None:
+    assert list(attention._ways(*_inputs(1, 1, 300, 300, 64, torch.float16, torch.device("cpu")))) == ["torch"]
