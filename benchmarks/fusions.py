@@ -16,7 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfast.kernels import cat_channels, conv2d, geglu, group_norm, layer_norm, linear_activation, upsample
+from sfast.kernels import (
+    blend,
+    cat_channels,
+    conv2d,
+    conv3d,
+    geglu,
+    group_norm,
+    layer_norm,
+    linear_activation,
+    transpose_layer_norm,
+    upsample,
+)
 
 COLD_BYTES = 160 << 20  # more than twice the L2 cache of any GPU we know
 MAX_SETS = 200
@@ -133,6 +144,62 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         moved, flops = 3 * N * C * H * W + 9 * C * C, 2 * N * C * H * W * 9 * C
         shape = f"{N}x{C}x{H}x{W} 3x3"
         yield Case("conv2d_add", shape, ops.conv2d_add, conv2d.conv2d_add_reference, filtered, moved, flops)
+
+    # N, C, H, W -> K: the first and the last convolutions of UNets and VAEs
+    for N, C, H, W, K in [*((2, 4, S, S, 320) for S in (64, 128)), (28, 8, 72, 128, 320), (1, 4, 128, 128, 512)]:
+
+        def entering(N: int = N, C: int = C, H: int = H, W: int = W, K: int = K) -> tuple:
+            x = randn(N, C, H, W).contiguous()  # as a pipeline makes its latents
+            return x, randn(K, C, 3, 3, std=(9 * C) ** -0.5), randn(K), [1, 1], [1, 1], [1, 1], 1
+
+        moved, flops, shape = N * (C + K) * H * W, 0, f"{N}x{C}x{H}x{W}->{K}"
+        yield Case("conv2d_bias", shape, ops.conv2d_bias, conv2d.conv2d_bias_reference, entering, moved, flops)
+
+    for N, C, H, W, K in [*((2, 320, S, S, 4) for S in (64, 128)), (28, 320, 72, 128, 4), (1, 128, 1024, 1024, 3)]:
+
+        def leaving(N: int = N, C: int = C, H: int = H, W: int = W, K: int = K) -> tuple:
+            return randn(N, C, H, W), randn(K, C, 3, 3, std=(9 * C) ** -0.5), randn(K), [1, 1], [1, 1], [1, 1], 1
+
+        moved, flops, shape = N * (C + K) * H * W, 0, f"{N}x{C}x{H}x{W}->{K}"
+        yield Case("conv2d_bias", shape, ops.conv2d_bias, conv2d.conv2d_bias_reference, leaving, moved, flops)
+
+    yield from video_cases(randn)
+
+
+def video_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Two videos of 14 frames, as a video UNet sees them at 576 x 1024 pixels."""
+    ops = torch.ops.sfast
+    for C, H, W in [(320, 72, 128), (640, 36, 64), (1280, 18, 32)]:
+        elements, shape = 28 * C * H * W, f"2x{C}x14x{H}x{W}"
+        grid, turned = [2, 14, H * W, C], [2 * H * W, 14, C]
+
+        def video(C: int = C, H: int = H, W: int = W) -> Tensor:
+            return randn(2, C, 14, H, W).to(memory_format=torch.channels_last_3d)
+
+        def over_frames(C: int = C, video: Callable[[], Tensor] = video) -> tuple:
+            weight = randn(C, C, 3, 1, 1, std=(3 * C) ** -0.5).to(memory_format=torch.channels_last_3d)
+            return video(), weight, randn(C), [1, 1, 1], [1, 0, 0], [1, 1, 1], 1
+
+        def halves(video: Callable[[], Tensor] = video) -> tuple:
+            return video(), video(), randn(2, 1, 14, 1, 1)
+
+        def tokens(C: int = C, L: int = H * W) -> tuple:
+            places = randn(2 * L, 14, C), randn(2 * L, 14, C)
+            return randn(28, L, C), *places, randn(28, 1, 1), [2, L, 14, C], [28, L, C]
+
+        def frames(C: int = C, L: int = H * W, grid: list[int] = grid, turned: list[int] = turned) -> tuple:
+            pictures = randn(28, L, C), randn(28, L, C), randn(28, 1, C)
+            return *pictures, grid, turned, [C], randn(C), randn(C), 1e-5
+
+        flops = 2 * elements * 3 * C
+        yield Case(
+            "conv3d_bias", shape, ops.conv3d_bias, conv3d.conv3d_bias_reference, over_frames, 2 * elements, flops
+        )
+        yield Case("blend_add", shape, ops.blend_add, blend.blend_add_reference, halves, 3 * elements, 0)
+        name, reference = "blend_transposed_add", blend.blend_transposed_add_reference
+        yield Case(name, shape, ops.blend_transposed_add, reference, tokens, 4 * elements, 0)
+        name, wanted = "add_shift_transpose_layer_norm", transpose_layer_norm.add_shift_transpose_layer_norm_reference
+        yield Case(name, shape, ops.add_shift_transpose_layer_norm, wanted, frames, 5 * elements, 0)
 
 
 def measure(case: Case, dtype: torch.dtype, warm: bool) -> str:
