@@ -39,6 +39,7 @@ LADDER: dict[str, dict[str, Any]] = {
         "enable_triton": False,
         "enable_memory_kernels": False,
         "enable_fused_linear_geglu": False,
+        "enable_fused_attention": False,
         "enable_cnn_optimization": False,
         "enable_native": False,
         "enable_merged_linears": False,
@@ -54,6 +55,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "cnn": {"enable_cnn_optimization": True},
     "native": {"enable_native": True},
     "merged": {"enable_merged_linears": True},
+    "attention": {"enable_fused_attention": True},
     "hoisting": {"enable_hoisting": True},
     "timesteps": {"enable_host_timesteps": True},  # of whole pictures only
 }

@@ -35,7 +35,7 @@ class CompilationConfig:
         enable_memory_kernels: use Triton kernels for what only moves memory: nearest upsampling, concatenation of channels.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
         enable_fused_attention: choose the kernel of each attention by measuring, from PyTorch's, Triton's and native ones.
-        enable_xformers: use xformers' attention where it is installed and works, instead of PyTorch's.
+        enable_xformers: use xformers' attention where it is installed and works, before all others.
         enable_merged_linears: compute linear layers that read the same tensor, such as queries, keys and values, in one
             product. Their weights move next to each other in memory; nothing is copied for good.
         enable_hoisting: compute what only the prompt (or a control image, or a size) decides once, and not at every step.
