@@ -53,7 +53,7 @@ def rows_of_run(path: Path, run: str | None = None) -> list[Row]:
 
 def name_of(row: Row) -> str:
     """The model with its size, as written under its bars."""
-    return f"{row['model']}\n{row['width']}×{row['height']}, batch {row['batch']}\n{row['precision']}"
+    return f"{row['model']}\n{row['width']}×{row['height']}, {row['batch']}\n{row['precision']}"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -67,7 +67,7 @@ def draw(rows: list[Row], path: Path) -> None:
     by_key = {(name_of(row), row["variant"]): row for row in rows}
     shown = [variant for variant in VARIANTS if any((model, variant) in by_key for model in models)]
     figure, (speed, first) = pyplot.subplots(
-        2, 1, figsize=(max(8.0, 1.9 * len(models) + 2), 8.5), height_ratios=(3, 2), layout="constrained"
+        2, 1, figsize=(min(max(8.0, 1.9 * len(models) + 2), 24.0), 8.5), height_ratios=(3, 2), layout="constrained"
     )
     width = 0.84 / len(shown)
     for index, variant in enumerate(shown):
@@ -110,7 +110,8 @@ def _write(axes: Any, x: float, y: float, text: str) -> None:
 
 def _title(rows: list[Row]) -> str:
     row = rows[-1]
-    return f"One denoiser step (vae: one pass), {row['gpu']}, torch {row['torch']}; lower is better"
+    what = "One denoiser step (vae: one pass; picture: all of it)"
+    return f"{what}, {row['gpu']}, torch {row['torch']}; lower is better"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Writes the measured table of the README from results.csv, so that no figure there is typed by hand.
+"""Writes the measured tables of the README from results.csv, so that no figure there is typed by hand.
 
-`python -m benchmarks.tables` replaces what stands between the two markers. For each model it takes the latest run that
-measured sfast, and every figure of a line comes from that one run.
+`python -m benchmarks.tables` replaces what stands between the two markers. For each model, size and batch it takes the
+latest run that measured sfast, and every figure of a line comes from that one run. The first table has each model at its
+own size, the second one what else was measured: other sizes and batches, and the strongest torch.compile there is.
 """
 
 import argparse
@@ -10,17 +11,21 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.models import MODELS
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-VARIANTS = ("eager", "compile-reduce-overhead", "sfast")
+VARIANTS = ("eager", "compile-reduce-overhead", "sfast", "sfast-again")
+STRONGEST = "compile-max-autotune"
 
 Row = dict[str, str]
 NONE_YET = "No run of sfast has been recorded in `benchmarks/results.csv` yet."
 HEADER = (
     "| model | size, batch | eager | torch.compile | sfast | against eager / compile "
-    "| first call: compile / sfast | peak memory: eager / sfast | error: eager / sfast |\n"
+    "| first call: compile / sfast / again | peak memory: eager / sfast | error: eager / sfast |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+OTHERS = "| also | size, batch | torch.compile | sfast | against compile |\n|---|---|---|---|---|"
 
 
 def latest(rows: Iterable[Row]) -> list[dict[str, Row]]:
@@ -37,6 +42,13 @@ def latest(rows: Iterable[Row]) -> list[dict[str, Row]]:
     return found
 
 
+def of_its_own_size(row: Row) -> bool:
+    """Whether a row is of its model as the model is usually run."""
+    model = MODELS.get(row["model"])
+    size = (row["width"], row["height"], row["batch"])
+    return model is None or size == (str(model.width), str(model.height), str(model.batch))
+
+
 def number(row: Row | None, column: str) -> float | None:
     """A figure of the file, or None where the variant or the figure is missing."""
     if row is None or not row.get(column):
@@ -49,22 +61,10 @@ def table(rows: Iterable[Row]) -> str:
     cases = latest(rows)
     if not cases:
         return NONE_YET
-    lines = [HEADER]
-    for case in cases:
-        eager, compiled, ours = (case.get(variant) for variant in VARIANTS)
-        assert ours is not None
-        ms = [number(row, "ms") for row in (eager, compiled, ours)]
-        cells = [
-            f"{ours['model']} {ours['precision']}",
-            f"{ours['width']}×{ours['height']}, {ours['batch']}",
-            *(cell(figure, "{:.2f} ms") for figure in ms[:2]),
-            f"**{cell(ms[2], '{:.2f} ms')}**",
-            f"{ratio(ms[0], ms[2])} / {ratio(ms[1], ms[2])}",
-            pair(number(compiled, "first_call_s"), number(ours, "first_call_s"), "{:.1f}", " s"),
-            pair(number(eager, "peak_gib"), number(ours, "peak_gib"), "{:.1f}", " GiB"),
-            pair(number(ours, "eager_error"), number(ours, "error"), "{:.1e}", ""),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [HEADER, *(line(case) for case in cases if of_its_own_size(case["sfast"]))]
+    others = [other for case in cases for other in other_lines(case)]
+    if others:
+        lines += ["", OTHERS, *others]
     origins = dict.fromkeys(
         f"run {row['run']} on {row['gpu']}, torch {row['torch']}, commit {row['commit'][:9]}"
         for row in (case["sfast"] for case in cases)
@@ -73,12 +73,54 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def line(case: dict[str, Row]) -> str:
+    """A model at its own size: every variant, and what it costs."""
+    eager, compiled, ours, again = (case.get(variant) for variant in VARIANTS)
+    assert ours is not None
+    ms = [number(row, "ms") for row in (eager, compiled, ours)]
+    cells = [
+        f"{ours['model']} {ours['precision']}",
+        size(ours),
+        *(milliseconds(figure) for figure in ms[:2]),
+        f"**{milliseconds(ms[2])}**",
+        f"{ratio(ms[0], ms[2])} / {ratio(ms[1], ms[2])}",
+        joined([number(row, "first_call_s") for row in (compiled, ours, again)], "{:.1f}", " s"),
+        joined([number(row, "peak_gib") for row in (eager, ours)], "{:.1f}", " GiB"),
+        joined([number(ours, column) for column in ("eager_error", "error")], "{:.1e}", ""),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def other_lines(case: dict[str, Row]) -> list[str]:
+    """A model at another size or batch, or against the strongest torch.compile."""
+    ours, lines = case["sfast"], []
+    for variant in ("compile-reduce-overhead", STRONGEST):
+        compiled = number(case.get(variant), "ms")
+        if compiled is None or (variant != STRONGEST and of_its_own_size(ours)):
+            continue
+        name, took = f"{ours['model']} {ours['precision']}", ""
+        if variant == STRONGEST:
+            name, took = f"{name}, max-autotune", f" after {cell(number(case[variant], 'first_call_s'), '{:.0f} s')}"
+        ms = number(ours, "ms")
+        cells = [name, size(ours), milliseconds(compiled) + took, f"**{milliseconds(ms)}**", ratio(compiled, ms)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def size(row: Row) -> str:
+    return f"{row['width']}×{row['height']}, {row['batch']}"
+
+
+def milliseconds(figure: float | None) -> str:
+    return cell(figure, "{:.2f} ms" if figure is None or figure < 200 else "{:.0f} ms")
+
+
 def cell(figure: float | None, form: str) -> str:
     return "–" if figure is None else form.format(figure)
 
 
-def pair(first: float | None, second: float | None, form: str, unit: str) -> str:
-    return f"{cell(first, form)} / {cell(second, form)}{unit}"
+def joined(figures: Sequence[float | None], form: str, unit: str) -> str:
+    return " / ".join(cell(figure, form) for figure in figures) + unit
 
 
 def ratio(slow: float | None, fast: float | None) -> str:

@@ -29,12 +29,13 @@ def test_a_line_holds_the_figures_of_one_run():
         row("r2", "eager", 44, peak_gib=2.5),
         row("r2", "compile-reduce-overhead", 7, first_call_s=66.04),
         row("r2", "sfast", 5, first_call_s=3.21, peak_gib=2.75, error=1.2e-3, eager_error=1.1e-3),
+        row("r2", "sfast-again", 5, first_call_s=1.04),
         row("r3", "eager", 45),
     ]
     line = tables.table(rows).split("\n")[2]
     assert line == (
         "| sd15 fp16 | 512×512, 2 | 44.00 ms | 7.00 ms | **5.00 ms** | 8.80× / 1.40× "
-        "| 66.0 / 3.2 s | 2.5 / 2.8 GiB | 1.1e-03 / 1.2e-03 |"
+        "| 66.0 / 3.2 / 1.0 s | 2.5 / 2.8 GiB | 1.1e-03 / 1.2e-03 |"
     )
     assert tables.HEADER.split("\n")[0].count("|") == line.count("|")
     assert tables.table(rows).endswith("run r2 on some GPU, torch 2.11.0, commit abcdef012.")
@@ -42,7 +43,26 @@ def test_a_line_holds_the_figures_of_one_run():
 
 def test_what_was_not_measured_stays_empty():
     line = tables.table([row("r1", "sfast", 5), row("r1", "eager", "")]).split("\n")[2]
-    assert line == "| sd15 fp16 | 512×512, 2 | – | – | **5.00 ms** | – / – | – / – s | – / – GiB | – / – |"
+    assert line == "| sd15 fp16 | 512×512, 2 | – | – | **5.00 ms** | – / – | – / – / – s | – / – GiB | – / – |"
+
+
+def test_other_sizes_and_the_strongest_compile_stand_in_a_table_of_their_own():
+    rows = [
+        row("r1", "compile-reduce-overhead", 700, width=1024, height=1024, batch=8),
+        row("r1", "sfast", 400, width=1024, height=1024, batch=8),
+        row("r1", "compile-reduce-overhead", 7),
+        row("r1", "compile-max-autotune", 6, first_call_s=412.3),
+        row("r1", "sfast", 5),
+        row("r1", "sfast", 3, width=256, height=256),
+    ]
+    lines = tables.table(rows).split("\n")
+    assert lines[2].startswith("| sd15 fp16 | 512×512, 2 | – | 7.00 ms | **5.00 ms** |")
+    assert lines[4:6] == tables.OTHERS.split("\n")
+    assert lines[6:8] == [
+        "| sd15 fp16 | 1024×1024, 8 | 700 ms | **400 ms** | 1.75× |",
+        "| sd15 fp16, max-autotune | 512×512, 2 | 6.00 ms after 412 s | **5.00 ms** | 1.20× |",
+    ]
+    assert lines[8] == ""
 
 
 def test_models_without_sfast_are_left_out():
