@@ -31,6 +31,7 @@ class CompilationConfig:
         enable_jit: trace the modules and rewrite their graphs. Without it a CUDA graph of the eager module is captured.
         enable_cnn_optimization: fuse convolutions with bias, residual and activation; let cuDNN choose by measuring.
         enable_fused_linear_geglu: fuse linear layers with the GELU, SiLU or GEGLU that follows.
+        enable_fused_linears: compute linear layers, with a residual that follows, by the native operators' fastest algorithm.
         enable_triton: use Triton kernels for normalizations and activations.
         enable_memory_kernels: use Triton kernels for what only moves memory: nearest upsampling, concatenation of channels.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
@@ -61,6 +62,7 @@ class CompilationConfig:
     preserve_parameters: bool = True
     enable_cnn_optimization: bool = True
     enable_fused_linear_geglu: bool = True
+    enable_fused_linears: bool = True
     prefer_lowp_gemm: bool = True
     enable_fused_attention: bool = True
     enable_xformers: bool = False

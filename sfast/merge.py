@@ -28,11 +28,11 @@ class Pack:
 
 
 def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
-    """Merge groups of `aten::linear` in place; the first inputs of the graph are `weights`."""
+    """Merge groups of linear layers in place; the first inputs of the graph are `weights`."""
     places = {value.unique(): i for i, value in enumerate(list(graph.inputs())[: len(weights)])}
     written = written_values(graph)  # between two layers they may change
     groups: dict[Any, list[Any]] = defaultdict(list)
-    for node in graph.findAllNodes("aten::linear", False):
+    for node in [each for kind in ("aten::linear", "sfast::linear") for each in graph.findAllNodes(kind, False)]:
         x, weight, bias = node.inputs()
         has_bias = str(bias.type()) != "NoneType"
         known = weight.unique() in places and (not has_bias or bias.unique() in places)

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from sfast.writes import may_alias, writes, written_values
+from sfast.normalize import is_constant, normalize
+from sfast.writes import may_alias, written_values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Fusion:
     examples: tuple[Any, ...]  # what the pattern is traced with; a number, string or list here stands for any value of
     #                            its kind, so it must differ from every constant inside the pattern
     needs: tuple[str, ...] = ()  # config fields that must be on
+    only: Mapping[str, Callable[[Any], bool]] | None = None  # what the value of an argument must be in the graph
 
 
 def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
@@ -47,137 +49,6 @@ def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
     torch._C._jit_pass_dce(graph)
     torch._C._jit_pass_lint(graph)
     return +fired
-
-
-# ----------------------------------------------------------------------------------------------- one spelling per idea
-
-
-def normalize(graph: Any) -> None:
-    """Spell every idea in one way, so that one pattern finds it."""
-    _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
-    torch._C._jit_pass_erase_shape_information(graph)
-    torch._C._jit_pass_inline(graph)
-    torch._C._jit_pass_lower_all_tuples(graph)
-    torch._C._jit_pass_remove_mutation(graph)
-    _simplify_sizes(graph)
-    torch._C._jit_pass_constant_propagation(graph)
-    _drop_identities(graph)
-    _name_convolutions(graph)
-    _drop_layout_copies(graph)
-    torch._C._jit_pass_cse(graph)
-    torch._C._jit_pass_constant_pooling(graph)
-    torch._C._jit_pass_dce(graph)
-    _constants_first(graph)
-
-
-_IDENTITIES = frozenset(("aten::dropout", "aten::feature_dropout", "aten::slice", "aten::div", "aten::mul"))
-_COMPUTED = object()  # stands for a value that is not constant
-_WHOLE = 2**63 - 1  # the end of `x[:]`
-
-
-def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None) -> None:
-    """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
-    written_to: bool | None = None  # whether `x / 1` may be a copy that is written to; looked up when it is asked
-    for node in list(graph.nodes()):
-        kind = node.kind()
-        if kind not in _IDENTITIES:
-            continue
-        inputs = list(node.inputs())
-        constants = [value.toIValue() if _is_constant(value) else _COMPUTED for value in inputs]
-        if kind == "aten::slice":
-            identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
-        elif kind in ("aten::div", "aten::mul"):
-            identity = len(inputs) == 2 and _is_one(constants[1]) and same_dtype is not None and same_dtype(node)
-            if identity and written_to is None:
-                written_to = any(map(writes, graph.nodes()))
-            identity = identity and not written_to and (_any_layout_will_do(node) or _is_made_for(node))
-        else:
-            identity = constants[2] is False
-        if identity:
-            node.output().replaceAllUsesWith(inputs[0])
-            node.destroy()
-
-
-def _is_made_for(node: Any) -> bool:
-    """Whether an operator's first input is a sum that nobody else reads: its strides are those that a copy would have."""
-    source = node.inputsAt(0)
-    return source.node().kind() == "aten::add" and len(source.uses()) == 1
-
-
-def _is_one(constant: Any) -> bool:
-    return isinstance(constant, (int, float)) and not isinstance(constant, bool) and constant == 1
-
-
-def _keeps_dtype(node: Any) -> bool:
-    before, after = next(node.inputs()).type(), node.output().type()
-    known = before.kind() == after.kind() == "TensorType" and before.dtype() is not None
-    return known and before.dtype() == after.dtype()
-
-
-def _simplify_sizes(graph: Any) -> None:
-    """`Int(NumToTensor(size))` is the size: without the detour through a tensor it stays a plain integer."""
-    for node in list(graph.nodes()):
-        if node.kind() == "aten::Int":
-            source = node.input().node()
-            if source.kind() == "prim::NumToTensor" and str(source.input().type()) == "int":
-                node.output().replaceAllUsesWith(source.input())
-                node.destroy()
-
-
-def _name_convolutions(graph: Any) -> None:
-    """`_convolution` with its thirteen arguments → `conv1d`, `conv2d` or `conv3d`, which read the global flags when run."""
-    for node in list(graph.nodes()):
-        if node.kind() != "aten::_convolution":
-            continue
-        values = list(node.inputs())
-        stride, transposed, output_padding = (
-            value.toIValue() if _is_constant(value) else None for value in (values[3], values[6], values[7])
-        )
-        if stride is None or transposed is not False or output_padding is None or any(output_padding):
-            continue
-        operands = [*values[:3], *values[3:6], values[8]]
-        renamed = graph.create(f"aten::conv{len(stride)}d", operands, 1)
-        renamed.insertBefore(node)
-        node.output().replaceAllUsesWith(renamed.output())
-        node.destroy()
-
-
-# They give the same values whatever the strides of their inputs are, and no view of them.
-_READ_ANY_LAYOUT = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("conv1d", "conv2d", "conv3d", "_convolution", "linear", "group_norm", "layer_norm", "cat", "add", "sub"),
-        *("mul", "div", "silu", "gelu", "relu", "sigmoid", "tanh", "upsample_nearest2d", "upsample_nearest3d", "size"),
-    )
-)
-
-
-def _drop_layout_copies(graph: Any) -> None:
-    """Remove `x.contiguous()` where every reader takes any layout: with channels-last it would only undo what conv wants."""
-    copies = [node for node in graph.nodes() if node.kind() == "aten::contiguous"]
-    if not copies or any(map(writes, graph.nodes())):
-        return  # where something is written in place, a copy may be there to be written to
-    for node in copies:
-        if _any_layout_will_do(node):
-            node.output().replaceAllUsesWith(node.inputsAt(0))
-            node.destroy()
-
-
-def _any_layout_will_do(node: Any) -> bool:
-    """Whether every reader of a copy may as well read what was copied, whatever its strides."""
-    readers = [use.user for use in node.output().uses()]
-    lists = [reader for reader in readers if reader.kind() == "prim::ListConstruct"]
-    readers += [use.user for node in lists for use in node.output().uses()]  # a list is read by what concatenates it
-    return all(reader.kind() in _READ_ANY_LAYOUT or reader in lists for reader in readers)
-
-
-def _constants_first(graph: Any) -> None:
-    """Constants before everything else, so that a fused operator may stand anywhere behind its tensors."""
-    nodes = list(graph.nodes())
-    first = next((node for node in nodes if node.kind() != "prim::Constant"), None)
-    for node in nodes if first is not None else ():
-        if node.kind() == "prim::Constant":
-            node.moveBefore(first)
 
 
 def _renew_constant_results(graph: Any) -> None:
@@ -212,6 +83,7 @@ class _Pattern:
     arguments: list[int]  # for each argument of the function: the id of its value
     argument_ids: set[int]
     argument_types: list[Any]  # TorchScript types from the operator's schema
+    conditions: list[Callable[[Any], bool] | None]  # for each argument
 
 
 @functools.cache
@@ -237,7 +109,8 @@ def _trace_pattern(fusion: Fusion) -> _Pattern:
         arguments.append(value.unique())
     schema = getattr(torch.ops.sfast, fusion.name).default._schema
     types = [argument.type for argument in schema.arguments]
-    return _Pattern(graph, list(graph.outputs()), arguments, set(arguments), types)
+    conditions = [(fusion.only or {}).get(name) for name in names]
+    return _Pattern(graph, list(graph.outputs()), arguments, set(arguments), types, conditions)
 
 
 def _freeze(constant: Any) -> Any:
@@ -280,10 +153,13 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
         return _solve(rest, bound, pattern) if bound[key].unique() == value.unique() else None
     node = wanted.node()
     if key in pattern.argument_ids:
-        expected = pattern.argument_types[pattern.arguments.index(key)]
-        return _solve(rest, {**bound, key: value}, pattern) if value.type().isSubtypeOf(expected) else None
+        place = pattern.arguments.index(key)
+        fits = value.type().isSubtypeOf(pattern.argument_types[place])
+        condition = pattern.conditions[place]
+        fits = fits and (condition is None or condition(value))
+        return _solve(rest, {**bound, key: value}, pattern) if fits else None
     if node.kind() == "prim::Constant":
-        same = _is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue())
+        same = is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue())
         return _solve(rest, bound, pattern) if same else None
     other = value.node()
     if other.kind() != node.kind() or value.offset() != wanted.offset() or other.inputsSize() != node.inputsSize():
@@ -302,16 +178,12 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
 
 def _commutes(node: Any, inputs: list[Any]) -> bool:
     if node.kind() == "aten::add":
-        return len(inputs) == 3 and _is_constant(inputs[2]) and inputs[2].toIValue() == 1
+        return len(inputs) == 3 and is_constant(inputs[2]) and inputs[2].toIValue() == 1
     return node.kind() == "aten::mul"
 
 
 def _ids(values: list[Any]) -> list[int]:
     return [value.unique() for value in values]
-
-
-def _is_constant(value: Any) -> bool:
-    return value.node().kind() == "prim::Constant"
 
 
 # ----------------------------------------------------------------------------------------------------------- replacing

@@ -2,8 +2,8 @@
 
 `torch.jit.trace` scripts each submodule first, bakes weights in, and loses or stumbles over some Python. Here a plain
 function over flat tensors is traced: the weights are *inputs* of the graph beside the activations, so an edited, moved or
-replaced weight needs no new trace, and the graph holds no memory of its own. Only this file and `rewrite.py` call
-TorchScript; `merge.py` and `hoist.py` edit the graphs that they are handed.
+replaced weight needs no new trace, and the graph holds no memory of its own. Only this file, `normalize.py`
+and `rewrite.py` call TorchScript; `merge.py` and `hoist.py` edit the graphs that they are handed.
 """
 
 from __future__ import annotations

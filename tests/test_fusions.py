@@ -316,6 +316,46 @@ def test_gelu_stays_the_gelu_it_was(name: str, approximate: str) -> None:
     assert (traced.run([], [x])[0] - wrong).abs().max() > 1e-4  # far enough apart for this test to tell
 
 
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda s: s[:, :, None, None],
+        lambda s: s.view(2, 8, 1, 1),
+        lambda s: s[:, None, :, None, None].permute(0, 2, 1, 3, 4)[:, :, 0],
+    ],
+    ids=["unsqueezed", "viewed", "permuted"],
+)
+def test_an_embedding_is_added_in_the_norm_and_a_residual_in_the_convolution(
+    spread: Callable[[Tensor], Tensor],
+) -> None:
+    def forward(x: Tensor, s: Tensor, r: Tensor) -> Tensor:
+        h = F.silu(F.group_norm(F.conv2d(x, CW, CB, padding=1) + spread(s), 4, GW, GB))
+        return F.silu(F.group_norm(r + F.conv2d(h, CW, CB, padding=1), 4, GW, GB))
+
+    traced = _trace(forward, (X, SHIFT, R))
+    assert traced.fusions == {"conv2d_bias": 1, "add_group_norm_silu": 1, "conv2d_add": 1, "group_norm_silu": 1}
+    _agrees(traced, forward, (X + 1, SHIFT + 1, R + 1))
+
+
+def test_an_embedding_is_no_residual_of_a_convolution() -> None:
+    def forward(x: Tensor, s: Tensor) -> Tensor:
+        return F.conv2d(x, CW, CB, padding=1) + s[:, :, None, None]
+
+    traced = _trace(forward, (X, SHIFT))
+    assert traced.fusions == {"conv2d_bias": 1}
+    _agrees(traced, forward, (X, SHIFT))
+
+
+def test_a_sum_that_is_normalized_is_left_to_the_norm() -> None:
+    def forward(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        total = F.linear(x, LW[:8], LB[:8]) + r
+        return F.layer_norm(total, [8], GW, GB), F.linear(total, LW, LB) + LB
+
+    traced = _trace(forward, (V, V + 1))
+    assert traced.fusions == {"add_layer_norm": 1, "linear": 1, "linear_add": 1}
+    _agrees(traced, forward, (V, V + 2))
+
+
 def _one_head(q: Tensor) -> Tensor:
     return q[:, :1]
 
@@ -352,6 +392,10 @@ def test_a_field_switches_its_fusions_off() -> None:
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_cnn_optimization=False))}
     assert "conv2d_add" not in names and "group_norm" in names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_linear_geglu=False))}
-    assert not any(name.startswith("linear") for name in names)
+    assert not names & {"linear_geglu", "linear_gelu", "linear_silu"} and "linear_add" in names
+    names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_linears=False))}
+    assert not names & {"linear", "linear_add", "linear_image_add"} and "linear_geglu" in names
+    names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_memory_kernels=False))}
+    assert not names & {"upsample_nearest2d", "cat_channels"} and "group_norm" in names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_attention=False))}
     assert "attention" not in names and "conv2d_add" in names

@@ -12,7 +12,8 @@ from sfast.fusions.group_norm import GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
 from sfast.fusions.linear import LINEAR_SILU
 from sfast.fusions.video import SHIFT_TRANSPOSE_LAYER_NORM
-from sfast.rewrite import Fusion, normalize
+from sfast.normalize import normalize
+from sfast.rewrite import Fusion
 from sfast.structure import flatten
 from sfast.trace import Trace, trace
 

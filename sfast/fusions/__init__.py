@@ -19,7 +19,14 @@ from sfast.fusions.conv2d import (
 )
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM, LAYER_NORM
-from sfast.fusions.linear import LINEAR_GEGLU, LINEAR_GELU, LINEAR_SILU
+from sfast.fusions.linear import (
+    LINEAR,
+    LINEAR_ADD,
+    LINEAR_GEGLU,
+    LINEAR_GELU,
+    LINEAR_IMAGE_ADD,
+    LINEAR_SILU,
+)
 from sfast.fusions.upsample import UPSAMPLE_NEAREST2D
 from sfast.fusions.video import (
     ADD_SHIFT_TRANSPOSE_LAYER_NORM,
@@ -37,8 +44,7 @@ FUSIONS: list[Fusion] = [
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone
     LINEAR_GELU,
     LINEAR_SILU,
-    ADD_GROUP_NORM_SILU,  # before GROUP_NORM_SILU, which would leave the addition; and before CONV2D_ADD, which would
-    #                       take the time embedding's [N, C, 1, 1] for a residual
+    ADD_GROUP_NORM_SILU,  # before GROUP_NORM_SILU, which would leave the addition
     GROUP_NORM_SILU,  # before GROUP_NORM, which would leave the SiLU
     GROUP_NORM,
     ADD_SHIFT_TRANSPOSE_LAYER_NORM,  # the longest first; and before LAYER_NORM, which would leave everything before it
@@ -57,6 +63,9 @@ FUSIONS: list[Fusion] = [
     CONV2D_RELU,
     CONV2D_ADD,
     CONV2D_BIAS,
+    LINEAR_IMAGE_ADD,
+    LINEAR_ADD,  # after ADD_LAYER_NORM, which adds at less cost than an epilogue where it can
+    LINEAR,  # after all that contain it
     UPSAMPLE_NEAREST2D,
     CAT_CHANNELS,
     XFORMERS_ATTENTION,  # before ATTENTION, which has the same pattern: who asks for xformers gets it

@@ -46,6 +46,11 @@ def _linear_image_add(x: Tensor, weight: Tensor, bias: Tensor | None, size: list
     return image.view(residual.shape[0], *residual.shape[2:], residual.shape[1]).permute(0, 3, 1, 2)
 
 
+def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weightᵀ + bias, by the native operator where it can."""
+    return _linear(x, weight, bias) if _takes(x, weight, bias) else F.linear(x, weight, bias)
+
+
 def has_even_rows(x: Tensor) -> bool:
     """Whether x [..., K] is one matrix to cuBLASLt: contiguous rows, evenly spaced, each on a boundary of 16 bytes."""
     if x.data_ptr() % 16 or (x.stride(-1) != 1 and x.shape[-1] != 1):
@@ -78,7 +83,7 @@ def _takes_image(x: Tensor, weight: Tensor, bias: Tensor | None, size: list[int]
         return False
     N, D, H, W = residual.shape
     image = [known if wanted == -1 else wanted for known, wanted in zip((N, H, W, D), size, strict=True)]
-    if image != [N, H, W, D] or x.shape[:2] != (N, H * W) or D != weight.shape[0]:
+    if image != [N, H, W, D] or x.shape[:2] != (N, H * W) or weight.shape[0] != D:
         return False
     alike = residual.dtype == x.dtype and residual.device == x.device and residual.data_ptr() % 16 == 0
     return alike and _takes(x, weight, bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels.linear import fastest_linear
 from sfast.kernels.op import define
 
 
@@ -36,7 +37,7 @@ def _launch(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tens
     rows = [weight.shape[0] for weight in weights]
     weight = weights[0].as_strided((sum(rows), weights[0].shape[1]), (weights[0].shape[1], 1))
     bias = biases[0].as_strided((sum(rows),), (1,)) if biases else None
-    return list(F.linear(x, weight, bias).split(rows, dim=-1))
+    return list(fastest_linear(x, weight, bias).split(rows, dim=-1))
 
 
 define(
