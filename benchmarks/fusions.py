@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfast.kernels import (
+    attention,
     blend,
     cat_channels,
     conv2d,
@@ -43,6 +44,13 @@ SD15 = [
 SDXL = [(2, 320, 128, 128), (2, 640, 64, 64), (2, 1280, 32, 32)]
 VAE = [(1, 512, 128, 128), (1, 512, 256, 256), (1, 256, 512, 512), (1, 128, 512, 512), (1, 128, 1024, 1024)]
 TOKENS = [(8192, 320), (2048, 640), (512, 1280), (128, 1280), (8192, 640), (2048, 1280)]  # B * L, width
+
+ATTENTION = [  # B, H, queries, keys, head size: themselves, a prompt, a VAE's middle, a video's frames, its one image
+    *[(2, 10, 4096, 4096, 64), (2, 20, 1024, 1024, 64), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)],
+    *[(2, 8, 256, 256, 160), (2, 10, 4096, 77, 64), (2, 20, 1024, 77, 64), (2, 8, 4096, 77, 40), (2, 8, 1024, 77, 80)],
+    *[(2, 8, 256, 77, 160), (1, 1, 4096, 4096, 512), (1, 1, 16384, 16384, 512)],
+    *[(18432, 5, 14, 14, 64), (4608, 10, 14, 14, 64), (18432, 5, 14, 1, 64), (28, 5, 9216, 1, 64)],
+]
 
 
 class Case(NamedTuple):
@@ -200,6 +208,16 @@ def video_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case(name, shape, ops.blend_transposed_add, reference, tokens, 4 * elements, 0)
         name, wanted = "add_shift_transpose_layer_norm", transpose_layer_norm.add_shift_transpose_layer_norm_reference
         yield Case(name, shape, ops.add_shift_transpose_layer_norm, wanted, frames, 5 * elements, 0)
+
+    for B, H, T, N, D in ATTENTION:
+
+        def heads(B: int = B, H: int = H, T: int = T, N: int = N, D: int = D) -> tuple:
+            query, key, value = (torch.randn(B, n, H, D, device="cuda", dtype=dtype).transpose(1, 2) for n in (T, N, N))
+            return query, key, value, None
+
+        moved, flops = 2 * B * H * (T + N) * D, 4 * B * H * T * N * D if N > 64 else 0
+        reference = attention.attention_reference
+        yield Case("attention", f"{B}x{H}x{T}x{N}x{D}", ops.attention, reference, heads, moved, flops)
 
 
 def measure(case: Case, dtype: torch.dtype, warm: bool) -> str:

@@ -20,7 +20,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys) -> None:
 def test_every_kind_of_fusion_has_a_row() -> None:
     names = {case.name for case in fusions.cases(torch.float16)}
     assert names >= {"group_norm", "group_norm_silu", "add_group_norm_silu", "layer_norm", "add_layer_norm"}
-    assert names >= {"linear_geglu", "linear_gelu", "conv2d_add", "upsample_nearest2d", "cat_channels"}
+    assert names >= {"linear_geglu", "linear_gelu", "conv2d_add", "upsample_nearest2d", "cat_channels", "attention"}
 
 
 @pytest.mark.parametrize(("offset", "verdict"), [(0.0, "4.00x"), (1e-3, "OUTPUTS DIFFER")])
