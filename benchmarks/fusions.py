@@ -172,6 +172,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("conv2d_bias", shape, ops.conv2d_bias, conv2d.conv2d_bias_reference, leaving, moved, flops)
 
     yield from video_cases(randn)
+    yield from attention_cases(randn)
 
 
 def video_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
@@ -209,15 +210,18 @@ def video_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         name, wanted = "add_shift_transpose_layer_norm", transpose_layer_norm.add_shift_transpose_layer_norm_reference
         yield Case(name, shape, ops.add_shift_transpose_layer_norm, wanted, frames, 5 * elements, 0)
 
+
+def attention_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Attention, its operands as projections make them: [B, tokens, H, D], seen as [B, H, tokens, D]."""
     for B, H, T, N, D in ATTENTION:
 
         def heads(B: int = B, H: int = H, T: int = T, N: int = N, D: int = D) -> tuple:
-            query, key, value = (torch.randn(B, n, H, D, device="cuda", dtype=dtype).transpose(1, 2) for n in (T, N, N))
+            query, key, value = (randn(B, n, H * D).view(B, n, H, D).transpose(1, 2) for n in (T, N, N))
             return query, key, value, None
 
         moved, flops = 2 * B * H * (T + N) * D, 4 * B * H * T * N * D if N > 64 else 0
-        reference = attention.attention_reference
-        yield Case("attention", f"{B}x{H}x{T}x{N}x{D}", ops.attention, reference, heads, moved, flops)
+        op, reference = torch.ops.sfast.attention, attention.attention_reference
+        yield Case("attention", f"{B}x{H}x{T}x{N}x{D}", op, reference, heads, moved, flops)
 
 
 def measure(case: Case, dtype: torch.dtype, warm: bool) -> str:
