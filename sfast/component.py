@@ -7,7 +7,6 @@ one line that says why.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import types
@@ -19,12 +18,13 @@ import torch
 
 from sfast import fallback, native, verify
 from sfast.config import CompilationConfig
-from sfast.cuda_graph import GraphRunner, pool_of
+from sfast.cuda_graph import pool_of
 from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Pictures, Watch
 from sfast.placement import Placement
+from sfast.plan import EagerCall, Plan
 from sfast.state import ModuleState
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten
 from sfast.trace import DecidesByValue, Trace, is_tracing, trace
 
 T = TypeVar("T")
@@ -32,39 +32,6 @@ T = TypeVar("T")
 MAX_PLANS = 1024  # shapes and structures remembered for one module; older ones are prepared again
 MAX_NOTES = 16  # different reasons of one module that are logged and reported
 MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
-
-
-@dataclasses.dataclass(eq=False)
-class Plan:
-    """How one structure at one shape runs: replayed, operator by operator, or (without `call`) eager."""
-
-    call: Trace | EagerCall | None
-    runner: GraphRunner | None = None
-    pointers: tuple[int, ...] = ()  # where the weights were when `runner` was captured
-    capture: bool = False  # capture again when the graph was dropped or the weights have moved
-    watch: Watch | None = None  # looks for tensors that stay the same from call to call
-    loop: Loop | None = None  # the call without what those tensors decide
-
-
-@dataclasses.dataclass(eq=False)
-class EagerCall:
-    """The eager forward with a trace's interface, for `enable_jit=False`."""
-
-    forward: Callable[..., Any]
-    structure: Hashable
-    output: Hashable = None
-
-    def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The flat output tensors; `weights` are the module's own and not looked at."""
-        args, kwargs = unflatten(self.structure, tensors)
-        results: list[torch.Tensor] = []
-        with torch.no_grad():
-            self.output = flatten(self.forward(*args, **kwargs), results)
-        return results
-
-    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
-        """The result as the module returns it."""
-        return unflatten(self.output, outputs)
 
 
 class Component:
@@ -142,7 +109,7 @@ class Component:
         device = self.state.device
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
-            tensors = [tensor if tensor.is_cuda else tensor.to(device) for tensor in tensors]
+            tensors = [tensor if tensor.is_cuda else _over(tensor, device) for tensor in tensors]
         kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
         signature = (call, kinds, self.state.key(), _autocast(device.type))
         shapes = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
@@ -387,6 +354,11 @@ def _eager_forward(module: torch.nn.Module) -> Any:
 
 def _itself(value: T) -> T:
     return value
+
+
+def _over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pageable memory is read before the call returns; pinned memory while the caller may be writing to it again."""
+    return tensor.to(device, non_blocking=not tensor.is_pinned())
 
 
 def _autocast(device_type: str) -> Hashable:

@@ -137,6 +137,29 @@ def test_least_recently_used_graphs_are_dropped_under_the_budget() -> None:
     assert pool.memory() == 0
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_many_inputs_and_results_of_several_dtypes(inference: bool) -> None:
+    pool = GraphPool(torch.device("cuda", torch.cuda.current_device()))
+
+    def draw() -> list[Tensor]:
+        tensors = [torch.randn(2, 3 + i, 5, 7, device="cuda", dtype=torch.float16) for i in range(5)]
+        tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
+        tensors[2] = tensors[2].transpose(1, 3)
+        return [*tensors, torch.randn(4, device="cuda"), torch.randint(9, (3,), device="cuda")]
+
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        return [*[tensor * 2 for tensor in tensors], tensors[0].expand(2, *tensors[0].shape) + 1]
+
+    runner = pool.capture(function, draw())
+    with torch.inference_mode(inference):
+        inputs = [draw() for _ in range(3)]
+        results = [runner(tensors) for tensors in inputs]
+        for tensors, result in zip(inputs, results, strict=True):
+            assert result is not None
+            for mine, expected in zip(result, function(tensors), strict=True):
+                assert torch.equal(mine, expected) and mine.stride() == expected.stride()
+
+
 def test_memory_returns_with_the_module() -> None:
     torch.cuda.empty_cache()
     net = sfast.compile(Net(256).eval().requires_grad_(False).cuda().half())

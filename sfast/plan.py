@@ -1,0 +1,47 @@
+"""What is remembered of a call: how one structure of arguments runs at one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from sfast.cuda_graph import GraphRunner
+from sfast.loop import Loop, Watch
+from sfast.structure import flatten, unflatten
+from sfast.trace import Trace
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """How one structure at one shape runs: replayed, operator by operator, or (without `call`) eager."""
+
+    call: Trace | EagerCall | None
+    runner: GraphRunner | None = None
+    pointers: tuple[int, ...] = ()  # where the weights were when `runner` was captured
+    capture: bool = False  # capture again when the graph was dropped or the weights have moved
+    watch: Watch | None = None  # looks for tensors that stay the same from call to call
+    loop: Loop | None = None  # the call without what those tensors decide
+
+
+@dataclasses.dataclass(eq=False)
+class EagerCall:
+    """The eager forward with a trace's interface, for `enable_jit=False`."""
+
+    forward: Callable[..., Any]
+    structure: Hashable
+    output: Hashable = None
+
+    def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The flat output tensors; `weights` are the module's own and not looked at."""
+        args, kwargs = unflatten(self.structure, tensors)
+        results: list[torch.Tensor] = []
+        with torch.no_grad():
+            self.output = flatten(self.forward(*args, **kwargs), results)
+        return results
+
+    def unflatten(self, outputs: list[torch.Tensor]) -> Any:
+        """The result as the module returns it."""
+        return unflatten(self.output, outputs)
