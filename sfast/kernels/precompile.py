@@ -11,7 +11,6 @@ Nothing depends on this: a variant that was left out, or failed here, is compile
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import importlib
@@ -41,18 +40,35 @@ def prepare() -> None:
 
 
 def _start_triton() -> None:
+    """Everything that Triton does once, at its first kernel: half of the time is a C compiler's."""
     try:
         with timed("starting Triton (in the background)"):
-            mend()
-            importlib.import_module(
-                "triton.experimental.gluon.language"
-            )  # the compiler imports it when it first compiles
-            importlib.import_module("triton.runtime.cache").triton_key()  # reads all of Triton's files
-            _ = importlib.import_module("triton.runtime.driver").driver.active.utils  # compiles a C module
-    except Exception as error:  # whoever launches a kernel will hear of it
-        logger.debug("Triton could not be started in the background", exc_info=error)
+            driver = threading.Thread(target=_logged, args=(_build_driver,), daemon=True)
+            driver.start()
+            for step in (mend, _import_compiler, _hash_triton):
+                _logged(step)
+            driver.join()
     finally:
         _prepared.set()
+
+
+def _logged(step: Callable[[], Any]) -> None:
+    try:
+        step()
+    except Exception as error:  # whoever launches a kernel will hear of it
+        logger.debug("in the background: %s", error, exc_info=error)
+
+
+def _build_driver() -> None:
+    _ = importlib.import_module("triton.runtime.driver").driver.active.utils
+
+
+def _import_compiler() -> None:
+    importlib.import_module("triton.experimental.gluon.language")
+
+
+def _hash_triton() -> None:
+    importlib.import_module("triton.runtime.cache").triton_key()
 
 
 def rehearse(function: Callable[[], Any], device: torch.device) -> bool:
@@ -134,8 +150,8 @@ class Rehearsal:
         with torch.cuda.device(self._device):
             kernel = compile()
             # Some versions of Triton compile a C module for each signature: once, though several kernels share it.
-            with self._launchers[str(kernel.src.signature)], contextlib.suppress(Exception):
-                _ = kernel.run  # loads it
+            with self._launchers[str(kernel.src.signature)]:
+                _logged(lambda: kernel.run)  # loads it
         return kernel
 
 
