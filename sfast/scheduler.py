@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ class Follower:
     """Sees to it that a pipeline's scheduler reads timesteps on the host, also when it is another one than before."""
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+        try:
+            self._pipe: Callable[[], Any] = weakref.ref(pipe)
+        except TypeError:  # a stand-in for a pipeline, whose scheduler is its own affair
+            self._pipe = lambda: None
         self._scheduler: Any = None
 
     def look(self) -> None:
