@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPAttention
 
 import sfast
 from sfast.components import find_components
@@ -117,6 +120,12 @@ def test_every_norm_and_geglu_that_ran_is_fused(drawn: Drawn) -> None:
     assert sum(fusions.get(name, 0) for name in LAYER_NORMS) == count(drawn.ran, nn.LayerNorm)
     assert fusions.get("linear_geglu", 0) == count(drawn.ran, GEGLU)
     assert fusions["group_norm_silu"] >= 4
+
+
+def test_every_attention_without_a_mask_is_fused(drawn: Drawn) -> None:
+    images = getattr(drawn.pipe, "image_encoder", nn.Module())  # texts are masked
+    expected = count(drawn.ran, Attention) + count(drawn.ran, FluxAttention) + count(list(images.modules()), CLIPAttention)
+    assert drawn.reports[-1].fusions["attention"] == expected >= 4
 
 
 def count(modules: list[nn.Module], kind: type[nn.Module]) -> int:
