@@ -44,7 +44,7 @@ def fastest(question: str, ways: Mapping[str, Way], *inputs: Any) -> Tensor:
     """
     first = next(iter(ways))
     device = inputs[0].device
-    name = _chosen.get((question, device))
+    name = _chosen.get((question, device), "")
     if name not in ways:
         name = first if len(ways) == 1 or _capturing(device) else _choose(question, device, ways, inputs)
     if name == first:
@@ -71,15 +71,15 @@ def _choose(question: str, device: torch.device, ways: Mapping[str, Way], inputs
             return _chosen[question, device]  # another thread was first
         key = f"{disk_cache.environment(device)}: {question} among {', '.join(ways)}"  # a new way must be measured
         stored = disk_cache.get("choices", key)
-        if stored in ways:
+        if stored is not None and stored in ways:
             _chosen[question, device] = stored
             return stored
-        name = _measure(question, device, ways, inputs) if _are_compiled(ways, inputs) else None
-        if name is None:
+        found = _measure(question, device, ways, inputs) if _are_compiled(ways, inputs) else None
+        if found is None:
             return next(iter(ways))
-        _chosen[question, device] = name
-        disk_cache.put("choices", key, name)
-        return name
+        _chosen[question, device] = found
+        disk_cache.put("choices", key, found)
+        return found
 
 
 def _are_compiled(ways: Mapping[str, Way], inputs: tuple[Any, ...]) -> bool:

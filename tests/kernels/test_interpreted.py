@@ -13,6 +13,7 @@ from sfast.kernels.triton_or_none import INTERPRETED, MISSING
 
 HERE = Path(__file__).parent
 FILES = [
+    "test_attention.py",
     "test_blend.py",
     "test_cat_channels.py",
     "test_group_norm.py",
