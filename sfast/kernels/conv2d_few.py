@@ -5,9 +5,8 @@ the bias to another kernel. Neither convolution computes much, so what counts is
 
 *few_in* (4 latent channels to 320): a pixel's whole patch is a row of at most 128 values; one product with all filters.
 *few_out* (128 channels to 3 colours): a program walks down a strip of pixels, reads every row of it once, and multiplies it
-with all taps at the same time. Products for the three rows of outputs that a row of inputs takes part in are columns of one
-small matrix, in a place that a row of outputs keeps while it is in the making; its left and right neighbours are added at
-the end, when a row is complete, by shifting the sums and not the much wider input.
+with all taps. A row of inputs takes part in three rows of outputs, which are columns of one small matrix of sums; what comes
+from the left and the right neighbour is brought there by shifting the products, and not the much wider input.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 FEW = 8  # channels
 MOST_TAPS = 128  # elements of a patch
-STRIP, STRIP_ROWS = 128, 16  # pixels across that a few_out program reads, of which the two outermost are margin; rows
+PIXELS, FILTERS = 64, 64  # of a few_in tile
+STRIP = 64  # pixels across that a few_out program reads, of which the two outermost are margin
+MOST_CHANNELS = 128  # of x in few_out: all taps stay in shared memory
 
 
 def takes(
@@ -78,7 +79,7 @@ def few_out_takes(
     return (
         x.dim() == 4
         and 0 < K <= FEW
-        and C >= 32
+        and 16 <= C <= MOST_CHANNELS
         and (R, S) == (3, 3)
         and stride == padding == dilation == [1, 1]
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -102,7 +103,9 @@ def few_in(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pa
     P, Q = (H + 2 * padding[0] - R) // stride[0] + 1, (W + 2 * padding[1] - S) // stride[1] + 1
     out = torch.empty((N, K, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     TAPS = max(16, triton.next_power_of_2(C * R * S))
-    _few_in[triton.cdiv(P * Q, 64), N](
+    pieces = triton.cdiv(P * Q, PIXELS)
+    few = pieces * N < 1024  # too few programs to hide their latency: others take the other filters
+    _few_in[pieces, N, triton.cdiv(K, FILTERS) if few else 1](
         x,
         weight,
         weight if bias is None else bias,
@@ -120,8 +123,8 @@ def few_in(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pa
         R=R,
         S=S,
         TAPS=TAPS,
-        PIXELS=64,
-        FILTERS=64,
+        PIXELS=PIXELS,
+        FILTERS=FILTERS,
         **launch_options(x.device),
         num_warps=4,
     )
@@ -174,7 +177,7 @@ def _few_in(
     wait_for_previous_kernel(OVERLAP)
     patch = tl.load(x + n * sample + c[None, :] * channel + h * line + w * column, mask=inside, other=0)
     to = out + (n * P * Q + pixel.to(tl.int64))[:, None] * K + k[None, :]
-    for first in range(0, K, FILTERS):
+    for first in range(tl.program_id(2) * FILTERS, K, tl.num_programs(2) * FILTERS):
         live = first + k < K
         known = (tap < C * R * S)[:, None] & live[None, :]
         filters = tl.load(weight + (first + k)[None, :] * (C * R * S) + tap[:, None], mask=known, other=0)
@@ -189,7 +192,8 @@ def few_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     K = weight.shape[0]
     out = torch.empty((N, K, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     strips = triton.cdiv(W, STRIP - 2)
-    _few_out[strips * triton.cdiv(H, STRIP_ROWS), N](
+    rows = _rows(N * H * strips)
+    _few_out[strips * triton.cdiv(H, rows), N](
         x,
         weight,
         weight if bias is None else bias,
@@ -198,13 +202,13 @@ def few_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         W,
         C,
         strips,
+        rows,
         *weight.stride(),
         0 if bias is None else K,
         K=K,
         SUMS=16 if 3 * K <= 16 else 32,
         STRIP=STRIP,
-        ROWS=STRIP_ROWS,
-        CHANNELS=64,
+        CHANNELS=triton.next_power_of_2(C),
         **launch_options(x.device),
         num_warps=4,
         num_stages=3,
@@ -212,7 +216,12 @@ def few_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["H", "W", "strips", "filter", "channel", "line", "column", "biased"])
+def _rows(total: int) -> int:
+    """How many rows of outputs a program makes: it reads two more, which count where there are programs enough."""
+    return 16 if total >= 8192 else 4
+
+
+@triton.jit(do_not_specialize=["H", "W", "strips", "rows", "filter_stride", "channel", "line", "column", "biased"])
 def _few_out(
     x: tl.tensor,
     weight: tl.tensor,
@@ -222,7 +231,8 @@ def _few_out(
     W: tl.tensor,
     C: tl.tensor,
     strips: tl.tensor,
-    filter: tl.tensor,
+    rows: tl.tensor,
+    filter_stride: tl.tensor,
     channel: tl.tensor,
     line: tl.tensor,
     column: tl.tensor,
@@ -230,46 +240,38 @@ def _few_out(
     K: tl.constexpr,
     SUMS: tl.constexpr,
     STRIP: tl.constexpr,
-    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """ROWS rows of a strip of out, which is STRIP - 2 pixels across."""
+    """`rows` rows of a strip of out, which is STRIP - 2 pixels across."""
     n = tl.program_id(1).to(tl.int64)
     left = tl.program_id(0) % strips * (STRIP - 2) - 1
-    top = tl.program_id(0) // strips * ROWS
-    at = tl.arange(0, STRIP)
+    top = tl.program_id(0) // strips * rows
+    at, c, sum_ = tl.arange(0, STRIP), tl.arange(0, CHANNELS), tl.arange(0, SUMS)
     w = left + at
-    lane = tl.arange(0, CHANNELS)
-    sum_ = tl.arange(0, SUMS)
-    slot, k = sum_ // K, sum_ % K  # of three rows of outputs in the making, row h has slot h % 3
-    blocks = tl.cdiv(C, CHANNELS)
+    r, k = sum_ // K, sum_ % K  # row h of x adds its products with row r of the filters to row h + 1 - r of out
     before = tl.broadcast_to(tl.maximum(at - 1, 0)[:, None], [STRIP, SUMS])
     behind = tl.broadcast_to(tl.minimum(at + 1, STRIP - 1)[:, None], [STRIP, SUMS])
-    whole = (at > 0) & (at < STRIP - 1) & (w < W)
+    younger = tl.broadcast_to(tl.maximum(sum_ - K, 0)[None, :], [STRIP, SUMS])
+    complete = (at > 0)[:, None] & (at < STRIP - 1)[:, None] & (w < W)[:, None] & (r == 2)[None, :]
 
     wait_for_previous_kernel(OVERLAP)
-    b = tl.load(bias + k, mask=(slot < 3) & (k < biased), other=0).to(tl.float32)
-    from_left = tl.zeros([STRIP, SUMS], tl.float32)
-    from_here = tl.zeros([STRIP, SUMS], tl.float32)
-    from_right = tl.zeros([STRIP, SUMS], tl.float32)
-    for step in range((ROWS + 2) * blocks):
-        h, c = top - 1 + step // blocks, step % blocks * CHANNELS + lane
+    taps = weight + k[None, :] * filter_stride + c[:, None] * channel + r[None, :] * line
+    known = (r < 3)[None, :] & (c < C)[:, None]
+    left_taps = tl.load(taps, mask=known, other=0)
+    taps_here = tl.load(taps + column, mask=known, other=0)
+    right_taps = tl.load(taps + 2 * column, mask=known, other=0)
+    b = tl.load(bias + k, mask=k < biased, other=0).to(tl.float32)
+    sums = tl.zeros([STRIP, SUMS], tl.float32)
+    for step in range(rows + 2):
+        h = top - 1 + step
         end = tl.where((h >= 0) & (h < H), W, 0)  # of a row outside there is nothing
         inside = ((w >= 0) & (w < end))[:, None] & (c < C)[None, :]
         row = tl.load(x + (n * H + h) * W * C + w[:, None] * C + c[None, :], mask=inside, other=0)
-        r = 2 - (slot - (h + 3) % 3 + 4) % 3  # the filter's row between this row and the row of outputs in a slot
-        taps = weight + k[None, :] * filter + c[:, None] * channel + r[None, :] * line
-        known = (slot < 3)[None, :] & (c < C)[:, None]
-        from_left = tl.dot(row, tl.load(taps, mask=known, other=0), from_left)
-        from_here = tl.dot(row, tl.load(taps + column, mask=known, other=0), from_here)
-        from_right = tl.dot(row, tl.load(taps + 2 * column, mask=known, other=0), from_right)
-        if step % blocks == blocks - 1:
-            done = slot == (h + 2) % 3  # row h - 1 has seen its last input
-            y = tl.gather(from_left, before, axis=0) + from_here + tl.gather(from_right, behind, axis=0) + b[None, :]
-            to = out + ((n * H + h - 1) * W + w[:, None]) * K + k[None, :]
-            own = tl.where((h > top) & (h <= H), K, 0)  # the rows above and below belong to other programs
-            tl.store(to, y.to(out.dtype.element_ty), mask=whole[:, None] & (done & (k < own))[None, :])
-            from_left = tl.where(done[None, :], 0.0, from_left)
-            from_here = tl.where(done[None, :], 0.0, from_here)
-            from_right = tl.where(done[None, :], 0.0, from_right)
+        sums = tl.where(sum_[None, :] >= K, tl.gather(sums, younger, axis=1), 0)  # one row further down
+        sums += tl.dot(row, taps_here)
+        sums += tl.gather(tl.dot(row, left_taps), before, axis=0)
+        sums += tl.gather(tl.dot(row, right_taps), behind, axis=0)
+        own = tl.where((h > top) & (h <= H), W, 0)  # the rows above and below belong to other programs
+        to = out + ((n * H + h - 1) * W + w[:, None]) * K + k[None, :]
+        tl.store(to, (sums + b[None, :]).to(out.dtype.element_ty), mask=complete & (w < own)[:, None])

@@ -84,3 +84,5 @@ def test_what_is_refused(device) -> None:
     assert not conv2d_few.few_out_takes(x.contiguous(), weight, bias, one, one, one, 1)
     assert not conv2d_few.few_out_takes(x, weight, bias, [2, 2], one, one, 1)
     assert not conv2d_few.few_out_takes(x, weight, bias, one, [0, 0], one, 1)
+    x, weight, bias = make((1, 130, 9, 11), 4, (3, 3), device, torch.float16)
+    assert not conv2d_few.few_out_takes(x, weight, bias, one, one, one, 1)
