@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "cudnn_graph.h"
+#include "hopper_ways.h"
 #include "matmul.h"
 #include "ops.h"
 #include "plan_cache.h"
@@ -51,13 +52,14 @@ void read_pair(const std::vector<int64_t>& values, const char* name, int64_t lea
               ", ", pair[1]);
 }
 
+// `padding` on both sides together.
 int64_t out_size(int64_t in, int64_t filter, int64_t stride, int64_t padding, int64_t dilation) {
-  return (in + 2 * padding - dilation * (filter - 1) - 1) / stride + 1;
+  return (in + padding - dilation * (filter - 1) - 1) / stride + 1;
 }
 
 bool is_matmul(const ConvProblem& p) {
-  return p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.padding[0] == 0 && p.padding[1] == 0 &&
-         p.groups == 1 && p.c % 8 == 0;
+  return p.r == 1 && p.s == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.p == p.h && p.q == p.w && p.groups == 1 &&
+         p.c % 8 == 0 && p.padding[0] == 0 && p.padding[1] == 0;
 }
 
 // A 1x1 convolution over channels-last memory is a matrix product over the pixels.
@@ -119,12 +121,38 @@ void propose_plans(ConvProblem p, cudnnHandle_t handle, int most, const std::str
   }
 }
 
+#ifdef SFAST_HOPPER
+HopperProblem hopper_problem(const ConvProblem& p) {
+  HopperProblem made;
+  made.bfloat16 = p.dtype == CUDNN_DATA_BFLOAT16;
+  made.images = p.n, made.height = p.h, made.width = p.w, made.channels = made.ld_x = p.c;
+  made.out_height = p.p, made.out_width = p.q, made.out_channels = made.ld_residual = p.k;
+  made.filter[0] = p.r, made.filter[1] = p.s;
+  for (int d = 0; d < 2; ++d) {
+    made.stride[d] = p.stride[d], made.padding[d] = p.padding[d], made.dilation[d] = p.dilation[d];
+  }
+  made.ld_weight = p.r * p.s * p.c;
+  made.activation = p.activation == Activation::kRelu ? HopperActivation::kRelu : HopperActivation::kNone;
+  if (is_matmul(p)) {  // the rows of all images are rows of one matrix
+    made.width = made.out_width = p.n * p.h * p.w;
+    made.images = made.height = made.out_height = 1;
+  }
+  return made;
+}
+#endif
+
 Cache::Ways propose(const ConvProblem& p, cudaStream_t stream, const Ask& ask) {
   Cache::Ways ways;
-  const bool first_only = ask.first_only;
-  if (is_matmul(p)) propose_matmuls(p, first_only ? 1 : kMostAlgorithms, ask.recipe, &ways);
-  if ((first_only || !ask.recipe.empty()) && !ways.empty()) return ways;
-  propose_plans(p, cudnn_handle(p.device, stream), first_only ? 1 : kMostPlans, ask.recipe, &ways);
+  const bool one = ask.first_only || !ask.recipe.empty();
+  if (!is_hopper_recipe(ask.recipe)) {
+    if (is_matmul(p)) propose_matmuls(p, ask.first_only ? 1 : kMostAlgorithms, ask.recipe, &ways);
+    if (one && !ways.empty()) return ways;
+    propose_plans(p, cudnn_handle(p.device, stream), ask.first_only ? 1 : kMostPlans, ask.recipe, &ways);
+    if (one && !ways.empty()) return ways;
+  }
+#ifdef SFAST_HOPPER
+  if (p.groups == 1) propose_hopper(hopper_problem(p), p.device, ask, &ways);
+#endif
   return ways;
 }
 
@@ -153,15 +181,19 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   p.n = x.size(0), p.c = x.size(1), p.h = x.size(2), p.w = x.size(3);
   p.k = weight.size(0), p.r = weight.size(2), p.s = weight.size(3);
   read_pair(stride, "stride", 1, p.stride);
-  read_pair(padding, "padding", 0, p.padding);
+  // Four integers of padding: before the first row and column, behind the last row and column.
+  int64_t padding_behind[2];
+  const bool lopsided = padding.size() == 4;
+  read_pair(lopsided ? std::vector<int64_t>{padding[2], padding[3]} : padding, "padding", 0, padding_behind);
+  read_pair(lopsided ? std::vector<int64_t>{padding[0], padding[1]} : padding, "padding", 0, p.padding);
   read_pair(dilation, "dilation", 1, p.dilation);
   p.groups = groups;
   p.activation = activation == "relu" ? Activation::kRelu : Activation::kNone;
   SFAST_CHECK(groups >= 1 && p.c == weight.size(1) * groups && p.k % groups == 0, kOp,
               ": weight [K, C/groups, R, S] must fit x [N, C, H, W], got ", to_string(weight.sizes()), " and ",
               to_string(x.sizes()), " with groups ", groups);
-  p.p = out_size(p.h, p.r, p.stride[0], p.padding[0], p.dilation[0]);
-  p.q = out_size(p.w, p.s, p.stride[1], p.padding[1], p.dilation[1]);
+  p.p = out_size(p.h, p.r, p.stride[0], p.padding[0] + padding_behind[0], p.dilation[0]);
+  p.q = out_size(p.w, p.s, p.stride[1], p.padding[1] + padding_behind[1], p.dilation[1]);
   SFAST_CHECK(x.numel() > 0 && weight.numel() > 0 && p.p > 0 && p.q > 0, kOp, ": nothing to compute for x ",
               to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
 

@@ -54,7 +54,7 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
         "selp.u32 %0, 1, 0, done;\n"
         "}"
         : "=r"(done)

@@ -69,7 +69,7 @@ std::array<int64_t, MatmulProblem::kFields> MatmulProblem::key() const {
 }
 
 std::string MatmulProblem::describe() const {
-  static const char* const kEpilogues[] = {"", " relu", " gelu_tanh"};
+  static const char* const kEpilogues[] = {"", " relu", " gelu_tanh", " gelu", " silu", " geglu", " geglu_tanh"};
   std::ostringstream text;
   text << (dtype == CUDA_R_16F ? "float16" : "bfloat16") << " x [" << m << "," << k << "] weight [" << n << "," << k
        << "]" << (has_bias ? " bias" : "") << (has_residual ? " residual" : "")

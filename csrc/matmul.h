@@ -10,7 +10,9 @@
 
 namespace sfast {
 
-enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh };
+// Those from kGelu on are none of cuBLASLt's: its product is activated in a second pass. Gated ones have weight [2n,k]
+// and give value * gelu(gate) of [value, gate] = x weight^T + bias.
+enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh, kGelu, kSilu, kGeglu, kGegluTanh };
 
 struct MatmulProblem {
   int64_t device, dtype;  // dtype: a cudaDataType_t
@@ -19,6 +21,8 @@ struct MatmulProblem {
   int64_t has_bias, has_residual;
   Epilogue epilogue;
 
+  bool is_gated() const { return epilogue == Epilogue::kGeglu || epilogue == Epilogue::kGegluTanh; }
+  bool is_one_call() const { return epilogue <= Epilogue::kGeluTanh; }  // of cuBLASLt
   static constexpr size_t kFields = 11;
   std::array<int64_t, kFields> key() const;
   std::string describe() const;

@@ -8,14 +8,27 @@
 STABLE_TORCH_LIBRARY(sfast_native, m) {
   // act(conv2d(x, weight) + bias + residual), rounded once, float16 or bfloat16. x [N, C, H, W] and the result
   // [N, K, P, Q] are dense channels-last; weight [K, C/groups, R, S] and residual [N, K, P, Q] are copied where they
-  // are not. activation: none, relu or silu.
+  // are not. padding: one integer, two, or four: top, left, bottom, right. activation: none, relu or silu.
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
       "int groups, str activation) -> Tensor");
 
   // act(x weight^T + bias + residual), rounded once. x [..., K], weight [N, K], residual [..., N], float16 or bfloat16,
-  // rows evenly spaced, last dimension contiguous; activation: none, relu or gelu_tanh.
+  // rows evenly spaced, last dimension contiguous; activation: none, relu or gelu_tanh; with own_kernels also gelu,
+  // silu, and geglu or geglu_tanh without a residual: value * gelu(gate) for [value, gate] = x weight^T + bias, weight
+  // [2 N, K].
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+
+  // group_norm(x + shift), then SiLU if asked for, in one launch. x [N, S, C] contiguous, shift [N, C], weight and bias
+  // [C], float16 or bfloat16. The second says whether the first can: there must be kernels of our own in this build, a
+  // GPU with clusters, and an x that its multiprocessors hold.
+  m.def(
+      "group_norm(Tensor x, Tensor? shift, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
+      "Tensor");
+  m.def("group_norm_takes(Tensor x, int num_groups) -> bool");
+
+  // Whether a device runs the kernels of our own that this build has, so that `linear` takes all its activations.
+  m.def("own_kernels(int device) -> bool");
 
   // One line for each problem met so far: what runs it, its milliseconds, how long the choice took.
   m.def("plans() -> str");
@@ -45,9 +58,12 @@ int64_t recall(int64_t device, std::string choices) {
 STABLE_TORCH_LIBRARY_IMPL(sfast_native, CUDA, m) {
   m.impl("conv2d", TORCH_BOX(&sfast::conv2d));
   m.impl("linear", TORCH_BOX(&sfast::linear));
+  m.impl("group_norm", TORCH_BOX(&sfast::group_norm));
+  m.impl("group_norm_takes", TORCH_BOX(&sfast::group_norm_takes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sfast_native, CompositeExplicitAutograd, m) {
+  m.impl("own_kernels", TORCH_BOX(&sfast::own_kernels));
   m.impl("plans", TORCH_BOX(&plans));
   m.impl("choices", TORCH_BOX(&choices));
   m.impl("recall", TORCH_BOX(&recall));

@@ -17,6 +17,11 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               std::string activation);
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               std::string activation);
+Tensor group_norm(Tensor x, std::optional<Tensor> shift, int64_t num_groups, std::optional<Tensor> weight,
+                  std::optional<Tensor> bias, double eps, bool silu);
+bool group_norm_takes(Tensor x, int64_t num_groups);
+
+bool own_kernels(int64_t device);
 
 // One line for each problem seen so far: what was chosen, how fast it ran, how long the choice took.
 std::string conv2d_plans();

@@ -1,13 +1,18 @@
-"""GEGLU: one product for both halves, then one kernel that gates: the halves are read once, only the result is written.
+"""GEGLU: the gate in the product's own epilogue, or one product for both halves and one kernel behind it that gates.
 
-Eager runs GELU and a multiplication as two kernels, and rounds between them. Here the gate stays in fp32 registers.
+Eager runs GELU and a multiplication as two kernels, and rounds between them. In the native operator's own kernel neither the
+product nor the gate ever reach memory; it measures that against a product and a second pass. Elsewhere the product comes from
+a library, and the kernel here reads both halves once, gates in fp32 registers, and writes only the result.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels.linear import fastest_linear, has_even_rows
+from sfast.kernels.native_ops import native_linear_takes, own_kernels_run_on
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
@@ -22,7 +27,14 @@ def linear_geglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None, appro
 
 
 def _linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return gate_with_gelu(F.linear(x, weight, bias), approximate)
+    if _native_takes(x, weight, bias):
+        return torch.ops.sfast_native.linear(x, weight, bias, None, "geglu_tanh" if approximate == "tanh" else "geglu")
+    return gate_with_gelu(fastest_linear(x, weight, bias), approximate)
+
+
+def _native_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    operands = has_even_rows(x) and has_even_rows(weight) and weight.shape[0] % 16 == 0
+    return operands and own_kernels_run_on(x) and native_linear_takes(x, weight, bias)
 
 
 def gate_with_gelu(product: Tensor, approximate: str) -> Tensor:
@@ -73,11 +85,13 @@ def _gate(
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> bool:
-    if not triton_takes(x) or x.numel() == 0 or weight.dim() != 2 or approximate not in ("none", "tanh"):
+    if x.numel() == 0 or weight.dim() != 2 or approximate not in ("none", "tanh"):
         return False
     if weight.shape[0] % 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         return False
-    return all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in (weight, bias))
+    if not all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in (weight, bias)):
+        return False
+    return triton_takes(x) or _native_takes(x, weight, bias)
 
 
 def _half_product(x: Tensor, weight: Tensor, *rest: object) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear, then GELU or SiLU, without a second copy of the activations.
 
 tanh-GELU is an epilogue of cuBLASLt, so there the activation costs nothing (`sfast_native.linear`). It has no epilogue for
-exact GELU or SiLU: those are applied in place, to a product that nobody else has seen. PyTorch's own elementwise kernels
-already run at the speed of memory, so there is no kernel to write.
+exact GELU or SiLU: the native operator's own kernel has, where it runs. Elsewhere those are applied in place, to a product
+that nobody else has seen: PyTorch's own elementwise kernels already run at the speed of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfast.kernels.native_ops import native_linear_takes
+from sfast.kernels.linear import has_even_rows
+from sfast.kernels.native_ops import native_linear_takes, own_kernels_run_on
 from sfast.kernels.op import define
 
 
@@ -26,13 +27,20 @@ def linear_silu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    if approximate == "tanh" and native_linear_takes(x, weight, bias):
-        return torch.ops.sfast_native.linear(x, weight, bias, None, "gelu_tanh")
+    if (approximate == "tanh" or own_kernels_run_on(x)) and _native_takes(x, weight, bias):
+        name = "gelu_tanh" if approximate == "tanh" else "gelu"
+        return torch.ops.sfast_native.linear(x, weight, bias, None, name)
     return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate=approximate)
 
 
 def _linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if own_kernels_run_on(x) and _native_takes(x, weight, bias):
+        return torch.ops.sfast_native.linear(x, weight, bias, None, "silu")
     return F.silu(F.linear(x, weight, bias), inplace=True)
+
+
+def _native_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return has_even_rows(x) and has_even_rows(weight) and native_linear_takes(x, weight, bias)
 
 
 def _takes_linear(x: Tensor, *rest: object) -> bool:

@@ -5,6 +5,8 @@ The compiled library is optional; everything here answers no where it is missing
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,28 @@ def native_linear_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _agree(x, weight, bias)
         and native_is_available()
     )
+
+
+def native_group_norm_takes(x: Tensor, num_groups: int) -> bool:
+    """Whether one launch of our own kernel can take it: fp16 or bf16 on CUDA, x [N, S, C] contiguous."""
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and x.is_contiguous()
+        and native_is_available()
+        and bool(torch.ops.sfast_native.group_norm_takes(x, num_groups))
+    )
+
+
+def own_kernels_run_on(x: Tensor) -> bool:
+    """Whether `sfast_native.linear` has kernels of our own for x's GPU, and so takes every activation."""
+    return x.is_cuda and native_is_available() and _own_kernels(x.device.index)
+
+
+@functools.cache
+def _own_kernels(device: int) -> bool:
+    # a library built from older sources knows no such question
+    return hasattr(torch.ops.sfast_native, "own_kernels") and bool(torch.ops.sfast_native.own_kernels(device))
 
 
 def _agree(x: Tensor, *others: Tensor | None) -> bool:

@@ -1,0 +1,67 @@
+#include "activation.h"
+#include "hopper_numbers.cuh"
+
+namespace sfast {
+namespace {
+
+using hopper::Pair;
+
+template <typename T>
+__device__ void read_eight(float (&values)[8], const T* from) {
+  const uint4 eight = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 pair = Pair<T>::unpack(words[j]);
+    values[2 * j] = pair.x, values[2 * j + 1] = pair.y;
+  }
+}
+
+// 8 columns of a row for each thread. `gate`: elements from a value to its gate, or 0 where there is none.
+template <typename T>
+__global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_row, int64_t ld, int64_t gate,
+                      HopperActivation activation) {
+  const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (piece >= pieces) return;
+  const int64_t row = piece / pieces_of_row, column = piece % pieces_of_row * 8;
+  float values[8], gates[8];
+  read_eight(values, product + row * ld + column);
+  if (gate != 0) {
+    read_eight(gates, product + row * ld + gate + column);
+    hopper::activate(gates, activation);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] *= gates[i];
+  } else {
+    hopper::activate(values, activation);
+  }
+  *reinterpret_cast<uint4*>(out + piece * 8) =
+      make_uint4(Pair<T>::pack(values[0], values[1]), Pair<T>::pack(values[2], values[3]),
+                 Pair<T>::pack(values[4], values[5]), Pair<T>::pack(values[6], values[7]));
+}
+
+template <typename T>
+cudaError_t launch(const void* product, void* out, int64_t rows, int64_t columns, int64_t ld, int64_t gate,
+                   HopperActivation activation, cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  const int64_t pieces = rows * columns / 8;
+  apply<<<static_cast<unsigned>((pieces + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+      static_cast<const T*>(product), static_cast<T*>(out), pieces, static_cast<int>(columns / 8), ld, gate,
+      activation);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t activate(bool bfloat16, const void* product, void* out, int64_t rows, int64_t columns,
+                     HopperActivation activation, cudaStream_t stream) {
+  if (bfloat16) return launch<__nv_bfloat16>(product, out, rows, columns, columns, 0, activation, stream);
+  return launch<__half>(product, out, rows, columns, columns, 0, activation, stream);
+}
+
+cudaError_t gate(bool bfloat16, const void* product, void* out, int64_t rows, int64_t columns,
+                 HopperActivation activation, cudaStream_t stream) {
+  if (bfloat16) return launch<__nv_bfloat16>(product, out, rows, columns, 2 * columns, columns, activation, stream);
+  return launch<__half>(product, out, rows, columns, 2 * columns, columns, activation, stream);
+}
+
+}  // namespace sfast

@@ -1,0 +1,236 @@
+#ifdef SFAST_HOPPER  // without nvcc there are no kernels
+#include "hopper_gemm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "check.h"
+#include "tensor_map.h"
+
+namespace sfast {
+namespace {
+
+constexpr int kStep = 64;  // columns of k in a stage
+
+const std::vector<HopperKernel>& kernels(bool bfloat16) {
+  return bfloat16 ? hopper_kernels_bfloat16() : hopper_kernels_float16();
+}
+
+struct Device {
+  int capability = 0;  // major
+  int processors = 0;
+};
+
+Device describe(int64_t device) {
+  static std::mutex mutex;
+  static std::map<int64_t, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  Device made;
+  CUDA_CHECK(cudaDeviceGetAttribute(&made.capability, cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)));
+  CUDA_CHECK(cudaDeviceGetAttribute(&made.processors, cudaDevAttrMultiProcessorCount, static_cast<int>(device)));
+  return known[device] = made;
+}
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// How a tile's rows lie over the pixels of the result, as powers of two.
+struct Footprint {
+  int log_width = 0, log_height = 0;
+  int64_t images = 1;                      // of a tile
+  int64_t across = 1, down = 1, deep = 1;  // tiles
+  int64_t tiles() const { return across * down * deep; }
+};
+
+// The fewest tiles; among those the widest, whose rows are the longest in memory.
+Footprint footprint(const HopperProblem& p, int rows) {
+  constexpr int kMostBox = 256;  // elements that a tensor map's tile may span
+  const int log_rows = static_cast<int>(std::lround(std::log2(rows)));
+  Footprint best;
+  int64_t least = -1;
+  for (int w = log_rows; w >= 0; --w) {
+    if ((p.stride[1] << w) > kMostBox) continue;
+    for (int h = log_rows - w; h >= 0; --h) {
+      if ((p.stride[0] << h) > kMostBox) continue;
+      Footprint f;
+      f.log_width = w, f.log_height = h, f.images = int64_t{1} << (log_rows - w - h);
+      f.across = divide_up(p.out_width, int64_t{1} << w);
+      f.down = divide_up(p.out_height, int64_t{1} << h);
+      f.deep = divide_up(p.images, f.images);
+      if (least < 0 || f.tiles() < least) best = f, least = f.tiles();
+    }
+  }
+  return best;
+}
+
+int64_t steps_of(const HopperProblem& p) {
+  return p.filter[0] * p.filter[1] * divide_up(p.channels, kStep);
+}
+
+int64_t columns_out(const HopperKernel& kernel) {
+  return kernel.gated ? kernel.columns / 2 : kernel.columns;
+}
+
+// Clock cycles, roughly: what the tensor cores, the L2 cache and the epilogues need, in whole waves of tiles.
+double estimate(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan, int processors) {
+  constexpr double kProductsPerCycle = 2048, kBytesPerCycle = 36, kStart = 1800, kExchange = 2500;
+  constexpr double kCyclesPerSum = 1.0 / 9, kCyclesPerActivation = 1.0 / 7;
+  const int64_t tiles_m = footprint(p, kernel.rows).tiles(), tiles_n = divide_up(p.out_channels, columns_out(kernel));
+  const int64_t units = divide_up(tiles_m, plan.pair) * tiles_n;
+  // Clusters live within the 16 or 18 processors of one part of the chip.
+  const int cluster = plan.pair * plan.splits;
+  const int64_t slots = cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster;
+  const double waves = static_cast<double>(divide_up(units, slots));
+  const double products = static_cast<double>(kernel.rows) * kernel.columns * kStep / kProductsPerCycle;
+  const double loads = (kernel.rows + static_cast<double>(kernel.columns) / plan.pair) * kStep * 2 / kBytesPerCycle;
+  const double steps = static_cast<double>(divide_up(steps_of(p), plan.splits));
+  const double busy = steps * std::max(products * 1.15, loads);
+  const bool activates = kernel.gated || p.activation != HopperActivation::kNone;
+  double end = kernel.rows * columns_out(kernel) * (kCyclesPerSum + (activates ? kCyclesPerActivation : 0));
+  if (plan.splits > 1) end = end / plan.splits + kExchange + kernel.rows * kernel.columns * 4 / kBytesPerCycle;
+  if (kernel.in_flight > 1) return kStart + waves * std::max(busy, end / kernel.in_flight) + end;
+  return kStart + waves * (busy + end);
+}
+
+HopperArguments arguments_of(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan,
+                             const HopperPointers& pointers) {
+  const Footprint f = footprint(p, kernel.rows);
+  const int64_t taps = p.filter[0] * p.filter[1];
+  HopperArguments a{};
+  TiledTensor x;
+  x.address = pointers.x, x.bfloat16 = p.bfloat16;
+  x.sizes = {p.channels, p.width, p.height, p.images};
+  x.strides = {p.ld_x, p.width * p.ld_x, p.height * p.width * p.ld_x};
+  x.tile = {kStep, p.stride[1] << f.log_width, p.stride[0] << f.log_height, f.images};
+  x.step = {1, p.stride[1], p.stride[0], 1};
+  a.x = encode_tensor_map(x);
+  TiledTensor weight;
+  weight.address = pointers.weight, weight.bfloat16 = p.bfloat16;
+  weight.sizes = {taps * p.channels, (p.gated ? 2 : 1) * p.out_channels};
+  weight.strides = {p.ld_weight};
+  weight.tile = {kStep, kernel.columns / 2};
+  a.weight = encode_tensor_map(weight);
+  a.bias = pointers.bias;
+  a.residual = pointers.residual;
+  a.out = pointers.out;
+  a.ld_residual = p.ld_residual;
+  a.out_channels = static_cast<int>(p.out_channels);
+  a.second_half = static_cast<int>(p.gated ? p.out_channels : kernel.columns / 2);
+  a.images = static_cast<int>(p.images);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.log_tile_width = f.log_width, a.log_tile_height = f.log_height;
+  a.tiles_x = static_cast<int>(f.across), a.tiles_y = static_cast<int>(f.down);
+  a.tiles_m = static_cast<int>(f.tiles());
+  a.tiles_n = static_cast<int>(divide_up(p.out_channels, columns_out(kernel)));
+  a.stride_h = static_cast<int>(p.stride[0]), a.stride_w = static_cast<int>(p.stride[1]);
+  a.padding_h = static_cast<int>(p.padding[0]), a.padding_w = static_cast<int>(p.padding[1]);
+  a.dilation_h = static_cast<int>(p.dilation[0]), a.dilation_w = static_cast<int>(p.dilation[1]);
+  a.filter_w = static_cast<int>(p.filter[1]), a.taps = static_cast<int>(taps);
+  a.chunks = static_cast<int>(divide_up(p.channels, kStep)), a.channels = static_cast<int>(p.channels);
+  a.pair = plan.pair, a.splits = plan.splits;
+  a.activation = p.activation;
+  return a;
+}
+
+bool takes(const HopperProblem& p) {
+  const int64_t most = int64_t{1} << 30;
+  return p.channels % 8 == 0 && p.out_channels % 8 == 0 && p.ld_x % 8 == 0 && p.ld_weight % 8 == 0 &&
+         p.ld_residual % 8 == 0 && p.stride[0] <= 8 && p.stride[1] <= 8 &&
+         p.images * p.out_height * p.out_width < most && p.images * p.height * p.width < most &&
+         p.filter[0] * p.filter[1] * p.channels < most && p.out_channels < most / 2;
+}
+
+// Asked once for each kernel and device: more shared memory than the 48 KiB that every GPU has.
+void allow_shared_memory(const HopperKernel& kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> allowed;
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  bool& done = allowed[{device, kernel.function}];
+  if (done) return;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+  done = true;
+}
+
+}  // namespace
+
+bool has_hopper(int64_t device) {
+  return describe(device).capability == 9;
+}
+
+std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t device, size_t most) {
+  constexpr double kHopeless = 1.5;  // times the best estimate
+  constexpr int kMostSplits = 8, kLeastSteps = 4;
+  const Device gpu = describe(device);
+  if (!has_hopper(device) || !takes(problem)) return {};
+  const auto& table = kernels(problem.bfloat16);
+  std::vector<HopperPlan> plans;
+  const auto add = [&](HopperPlan plan) {
+    plan.cost = estimate(problem, table[plan.kernel], plan, gpu.processors);
+    plans.push_back(plan);
+  };
+  for (int k = 0; k < static_cast<int>(table.size()); ++k) {
+    if (table[k].gated != problem.gated) continue;
+    add({k, 1, 1});
+    if (footprint(problem, table[k].rows).tiles() > 1) add({k, 2, 1});
+    for (int splits = 2; splits <= kMostSplits && table[k].in_flight == 1; ++splits) {
+      if (steps_of(problem) >= splits * kLeastSteps) add({k, 1, splits});
+    }
+  }
+  std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.cost < b.cost; });
+  while (!plans.empty() && (plans.size() > most || plans.back().cost > kHopeless * plans.front().cost))
+    plans.pop_back();
+  return plans;
+}
+
+std::string HopperPlan::name() const {
+  const HopperKernel& k = kernels(false)[kernel];
+  std::ostringstream text;
+  text << "hopper " << k.rows << "x" << k.columns << (k.in_flight > 1 ? " alternating" : "")
+       << (pair > 1 ? " paired" : "");
+  if (splits > 1) text << " split " << splits;
+  return text.str();
+}
+
+void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream,
+            bool overlap) {
+  const HopperKernel& kernel = kernels(problem.bfloat16)[plan.kernel];
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  allow_shared_memory(kernel);
+  HopperArguments arguments = arguments_of(problem, kernel, plan, pointers);
+  const int cluster = plan.pair * plan.splits;
+  const int units = static_cast<int>(divide_up(arguments.tiles_m, plan.pair)) * arguments.tiles_n;
+  // A split tile ends its cluster; others stay and take one tile after the other.
+  const int clusters = plan.splits > 1 ? units : std::min(units, describe(device).processors / cluster);
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(clusters * cluster);
+  config.blockDim = dim3(kernel.threads);
+  config.dynamicSmemBytes = kernel.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& made = attributes[config.numAttrs++];
+    made.id = cudaLaunchAttributeClusterDimension;
+    made.val.clusterDim.x = cluster, made.val.clusterDim.y = 1, made.val.clusterDim.z = 1;
+  }
+  if (overlap) {
+    cudaLaunchAttribute& made = attributes[config.numAttrs++];
+    made.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    made.val.programmaticStreamSerializationAllowed = 1;
+  }
+  void* parameters[] = {&arguments};
+  CUDA_CHECK(cudaLaunchKernelExC(&config, kernel.function, parameters));
+}
+
+}  // namespace sfast
+#endif  // SFAST_HOPPER
