@@ -37,13 +37,23 @@ Descriptor convolution(const ConvProblem& problem, const Descriptor& x, const De
   const cudnnDataType_t compute = CUDNN_DATA_FLOAT;
   const cudnnConvolutionMode_t mode = CUDNN_CROSS_CORRELATION;
   const float alpha = 1.0f, beta = 0.0f;
+  // Behind the last pixel there is as much padding as before the first, unless that gives another size.
+  int64_t padding_behind[2];
+  const int64_t in[] = {problem.h, problem.w}, filter[] = {problem.r, problem.s}, out[] = {problem.p, problem.q};
+  for (int d = 0; d < 2; ++d) {
+    const int64_t spread = problem.dilation[d] * (filter[d] - 1) + 1;
+    const bool same = (in[d] + 2 * problem.padding[d] - spread) / problem.stride[d] + 1 == out[d];
+    padding_behind[d] =
+        same ? problem.padding[d]
+             : std::max<int64_t>(0, (out[d] - 1) * problem.stride[d] + spread - in[d] - problem.padding[d]);
+  }
   Descriptor conv(CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR);
   conv.set(CUDNN_ATTR_CONVOLUTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute)
       .set(CUDNN_ATTR_CONVOLUTION_CONV_MODE, CUDNN_TYPE_CONVOLUTION_MODE, 1, &mode)
       .set(CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, 2)
       .set(CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, CUDNN_TYPE_INT64, 2, problem.stride)
       .set(CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, CUDNN_TYPE_INT64, 2, problem.padding)
-      .set(CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, CUDNN_TYPE_INT64, 2, problem.padding)
+      .set(CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, CUDNN_TYPE_INT64, 2, padding_behind)
       .set(CUDNN_ATTR_CONVOLUTION_DILATIONS, CUDNN_TYPE_INT64, 2, problem.dilation)
       .finalize();
   Descriptor op(CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR);

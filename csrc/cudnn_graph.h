@@ -16,6 +16,7 @@ namespace sfast {
 enum class Activation : int64_t { kNone, kRelu };
 
 // A convolution over channels-last tensors: x [n,c,h,w], weight [k,c/groups,r,s], output and residual [n,k,p,q].
+// `padding` is what stands before the first pixel; what stands behind the last one follows from the output's size.
 // Trivially comparable as a row of integers: it is the key of the plan cache.
 struct ConvProblem {
   int64_t device, dtype;  // dtype: a cudnnDataType_t

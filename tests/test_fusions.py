@@ -134,6 +134,12 @@ CASES = [
         lambda x: F.conv2d(x, CW, None, padding=1),  # nothing to fuse
     ),
     Case(
+        "pad_conv2d",
+        lambda x: F.conv2d(F.pad(x, (0, 1, 2, 1), "constant", 0), CW, CB, stride=2),
+        _twice(lambda x: F.pad(x, (0, 1, 2, 1), "constant", 0), lambda m: F.conv2d(m, CW, CB)),
+        lambda x: F.conv2d(F.pad(x, (0, 1, 2, 1), "constant", 1), CW, CB),
+    ),
+    Case(
         "conv2d_silu",
         lambda x: F.silu(F.conv2d(x, CW, CB, padding=1)),
         _twice(lambda x: F.conv2d(x, CW, None, padding=1), F.silu),

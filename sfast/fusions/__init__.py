@@ -16,6 +16,7 @@ from sfast.fusions.conv2d import (
     CONV2D_BIAS,
     CONV2D_RELU,
     CONV2D_SILU,
+    PAD_CONV2D,
 )
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -62,6 +63,7 @@ FUSIONS: list[Fusion] = [
     CONV2D_SILU,
     CONV2D_RELU,
     CONV2D_ADD,
+    PAD_CONV2D,  # before CONV2D_BIAS, which would leave the padding
     CONV2D_BIAS,
     LINEAR_IMAGE_ADD,
     LINEAR_ADD,  # after ADD_LAYER_NORM, which adds at less cost than an epilogue where it can

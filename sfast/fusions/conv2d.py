@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from sfast.fusions.group_norm import is_spread
-from sfast.kernels import conv2d
+from sfast.kernels import conv2d, pad_conv2d
 from sfast.rewrite import Fusion
 
 
@@ -39,4 +39,10 @@ CONV2D_ADD_RELU = Fusion(
     (_X, _WEIGHT, _BIAS, _RESIDUAL, *_PLACE),
     needs=_NEEDS,
     only=_ONLY,
+)
+PAD_CONV2D = Fusion(
+    "pad_conv2d",
+    pad_conv2d.pad_conv2d_reference,
+    (_X, [11, 13, 15, 16], _WEIGHT, _BIAS, _STRIDE, _DILATION, _GROUPS),
+    needs=_NEEDS,
 )

@@ -11,7 +11,9 @@ idle. Here the work is cut without regard to groups, into tiles that lie in memo
    the L2 cache still holds.
 
 The shift moves a channel's mean and nothing else, so it costs no pass of its own. Where a group is small, one program keeps
-it in registers and a single launch does everything. Arithmetic is fp32 throughout and rounded once, when y is stored.
+it in registers and a single launch does everything. Where the GPU has clusters and the native library has our kernel
+(csrc/group_norm.cu), the same holds for all but the largest groups: a cluster keeps them in its shared memory. Arithmetic
+is fp32 throughout and rounded once, when y is stored.
 
 The formula for merging: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 """
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels.group_norm_kernels import BIAS, SHIFT, SILU, WEIGHT, apply, merge, moments, whole_group
+from sfast.kernels.native_ops import native_group_norm_takes
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options
 from sfast.kernels.triton_or_none import triton, triton_takes
@@ -75,6 +78,10 @@ def _launch(
 ) -> Tensor:
     N, C = x.shape[:2]
     x, view = _view(x, 1 if shift is None else shift.shape[2:].numel())
+    if view.frames == 1 and view.channel_stride == 1:
+        rows = x.movedim(1, -1).reshape(N, -1, C)
+        if native_group_norm_takes(rows, G):
+            return _in_clusters(rows, shift, G, weight, bias, eps, flags).view(N, *x.shape[2:], C).movedim(-1, 1)
     T, S = view.frames, x.shape[2:].numel() // view.frames
     y = torch.empty_like(x)
     flags |= (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
@@ -107,6 +114,17 @@ def _launch(
     pieces = triton.cdiv(S, rows)
     apply[blocks * T * pieces, N](x, y, table, S, C, *view, rows, pieces, flags, **tile, **options)
     return y
+
+
+def _in_clusters(
+    rows: Tensor, shift: Tensor | None, G: int, weight: Tensor | None, bias: Tensor | None, eps: float, flags: int
+) -> Tensor:
+    """rows [N, S, C] normalized by the native kernel."""
+    shift = None if shift is None else shift.flatten(1).expand(rows.shape[0], rows.shape[2])
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    return torch.ops.sfast_native.group_norm(rows, shift, G, weight, bias, eps, bool(flags & SILU))
 
 
 def _rows(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int]:
