@@ -157,6 +157,8 @@ class _Repairs(TorchFunctionMode):
     - `round()` of a size works.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
+    - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
+      which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
     - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
     - A tensor's *value* that becomes a Python number refuses the trace: the next call may decide otherwise.
     """
@@ -186,6 +188,7 @@ class _Repairs(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._data = torch.Tensor.data.__get__
+        self._call = torch.nn.Module.__call__
         self._harmless: set[tuple[int, bool]] = set()  # what `_depends_on_values` has been through already
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,11 +208,32 @@ class _Repairs(TorchFunctionMode):
 
     def __enter__(self) -> _Repairs:
         torch.Tensor.__round__ = lambda tensor, digits=None: round(tensor.item(), digits)
+        torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         del torch.Tensor.__round__
+        torch.nn.Module.__call__ = self._call
         super().__exit__(*error)
+
+
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and name.endswith("_hooks")
+]
+
+
+def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
+    """`Module.__call__` with fewer frames, for one thread and for modules where it would do nothing but call `forward`."""
+
+    def call_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and not any(map(module.__dict__.get, _HOOKS)) and not any(_GLOBAL_HOOKS):
+            return module.forward(*args, **kwargs)
+        return call(module, *args, **kwargs)
+
+    return call_forward if call is torch.nn.Module._wrapped_call_impl else call
 
 
 def _is_size(repeats: Any = None, **_: Any) -> bool:
@@ -263,15 +287,19 @@ def _depends_on_values(value: Any, harmless: set[tuple[int, bool]]) -> bool:
     pending = [(value, False)]
     while pending:
         value, for_size = pending.pop()
-        if (value.unique(), for_size) in seen or (value.unique(), for_size) in harmless:
+        key = (value.unique(), for_size)
+        if key in seen or key in harmless:
             continue
-        seen.add((value.unique(), for_size))
+        seen.add(key)
         node = value.node()
-        drawn = node.isNondeterministic() and node.kind() != "aten::dropout"
-        if not for_size and (drawn or node.kind() == "prim::Param"):
+        kind = node.kind()
+        if kind == "prim::Constant":
+            continue
+        if not for_size and (kind == "prim::Param" or (node.isNondeterministic() and kind != "aten::dropout")):
             return True
-        for_size = node.kind() in _SHAPE_READERS or (for_size and not _is_sized_by_value(node))
-        pending += [(source, for_size) for source in node.inputs()]
+        for_size = kind in _SHAPE_READERS or (for_size and not _is_sized_by_value(node))
+        # Not `node.inputs()`: the end of such an iterator is a C++ exception, and costs more than all the rest here.
+        pending += [(node.inputsAt(i), for_size) for i in range(node.inputsSize())]
     harmless |= seen
     return False
 

@@ -1,5 +1,6 @@
 """One trace serves other shapes, values and weights; what a trace cannot know is refused or mended."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -215,3 +216,64 @@ def test_a_dense_result_stays_dense() -> None:
 def test_no_tensor_in_the_result() -> None:
     with pytest.raises(ValueError, match="returns no tensor"):
         _trace(lambda x: 3, torch.ones(1))
+
+
+def test_hooks_are_called_while_tracing_and_modules_are_called_as_ever_afterwards() -> None:
+    before = nn.Module.__call__
+    block = Block()
+    block.used.register_forward_hook(lambda module, args, result: result * 3)
+    called = []
+    block.used.register_forward_pre_hook(lambda module, args: called.append(module))
+    x = torch.randn(2, 4, 6)
+    traced, weights = _trace(block, x)
+    assert called
+    assert nn.Module.__call__ is before
+    with torch.no_grad():
+        assert torch.equal(traced.run(weights, [x])[0], block(x))
+
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError(x)
+
+    with pytest.raises(KeyError):
+        _trace(Breaks(), x)
+    assert nn.Module.__call__ is before
+
+
+def test_other_threads_call_modules_as_ever_while_one_traces() -> None:
+    calls: list[str] = []
+
+    class Watched(nn.Module):
+        def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(threading.current_thread().name)
+            return super()._call_impl(*args, **kwargs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    inner = Watched()
+
+    def forward(x: Tensor) -> Tensor:
+        other = threading.Thread(target=inner, args=(torch.zeros(1),), name="other")
+        other.start()
+        other.join()
+        return inner(x)
+
+    tensors = [torch.randn(3)]
+    trace(forward, [], flatten(((tensors[0],), {}), []), tensors, [])
+    assert calls == ["other"]
+
+
+def test_who_replaces_the_call_of_modules_is_heard_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = nn.Module.__call__
+    called: list[nn.Module] = []
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        called.append(module)
+        return own(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    block = Block()
+    _trace(block, torch.randn(2, 4, 6))
+    assert block.used in called
+    assert nn.Module.__call__ is call
