@@ -167,7 +167,8 @@ def _conv2d_fake(
     size = [x.shape[0], weight.shape[0]]
     for d in range(2):
         reach = dilation[d % len(dilation)] * (weight.shape[2 + d] - 1) + 1
-        size.append((x.shape[2 + d] + 2 * padding[d % len(padding)] - reach) // stride[d % len(stride)] + 1)
+        around = padding[d % len(padding)] + padding[(d + 2) % len(padding)]  # of two or four: top, left, bottom, right
+        size.append((x.shape[2 + d] + around - reach) // stride[d % len(stride)] + 1)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -55,9 +57,15 @@ def native_group_norm_takes(x: Tensor, num_groups: int) -> bool:
         x.is_cuda
         and x.dtype in HALF
         and x.is_contiguous()
-        and native_is_available()
+        and _has_group_norm()
         and bool(torch.ops.sfast_native.group_norm_takes(x, num_groups))
     )
+
+
+@functools.cache
+def _has_group_norm() -> bool:
+    """Whether the compiled library is not older than its group norm."""
+    return native_is_available() and hasattr(torch.ops.sfast_native, "group_norm_takes")
 
 
 def own_kernels_run_on(x: Tensor) -> bool:
