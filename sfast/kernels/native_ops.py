@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import functools
-
 import torch
 from torch import Tensor
 
