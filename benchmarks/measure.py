@@ -46,6 +46,7 @@ LADDER: dict[str, dict[str, Any]] = {
         "enable_merged_linears": False,
         "enable_hoisting": False,
         "enable_host_timesteps": False,
+        "enable_gpu_pixels": False,
         "memory_format": torch.contiguous_format,
     },
     "graph": {"enable_cuda_graph": True},
@@ -59,7 +60,8 @@ LADDER: dict[str, dict[str, Any]] = {
     "merged": {"enable_merged_linears": True},
     "attention": {"enable_fused_attention": True},
     "hoisting": {"enable_hoisting": True},
-    "timesteps": {"enable_host_timesteps": True},  # of whole pictures only
+    "timesteps": {"enable_host_timesteps": True},  # this and the next of whole pictures only
+    "pixels": {"enable_gpu_pixels": True},
 }
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     "compile-default": {},

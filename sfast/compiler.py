@@ -17,6 +17,7 @@ from sfast.components import find_components
 from sfast.config import CompilationConfig
 from sfast.kernels.precompile import prepare
 from sfast.loop import Pictures
+from sfast.pixels import put_on_gpu, take_off_gpu
 from sfast.scheduler import Follower, leave
 from sfast.trace import is_scripted
 from sfast.versions import check_torch
@@ -46,7 +47,7 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     modules = find_components(target)
     for name, module in modules.items():
         _check_has_data(name, module)
-    pictures = None if isinstance(target, torch.nn.Module) else Pictures(_followed(target, config))
+    pictures = None if isinstance(target, torch.nn.Module) else Pictures(_around_the_loop(target, config))
     for name, module in modules.items():
         installed = component_of(module)
         if installed is not None and installed.config == config:
@@ -69,7 +70,8 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     return target
 
 
-def _followed(pipe: object, config: CompilationConfig) -> Follower | None:
+def _around_the_loop(pipe: object, config: CompilationConfig) -> Follower | None:
+    (put_on_gpu if config.enable_gpu_pixels else take_off_gpu)(getattr(pipe, "image_processor", None))
     if config.enable_host_timesteps:
         follower = Follower(pipe)
         follower.look()
@@ -89,6 +91,7 @@ def restore(target: T) -> T:
         if installed is not None:
             installed.remove()
     leave(getattr(target, "scheduler", None))
+    take_off_gpu(getattr(target, "image_processor", None))
     return target
 
 

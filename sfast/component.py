@@ -22,7 +22,7 @@ from sfast.cuda_graph import pool_of
 from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Pictures, Watch
 from sfast.placement import Placement
-from sfast.plan import EagerCall, Plan
+from sfast.plan import Ahead, EagerCall, Plan, RandomOffset
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten
 from sfast.trace import DecidesByValue, Trace, is_tracing, trace
@@ -97,7 +97,11 @@ class Component:
             call = flatten((args, kwargs), tensors)
         except UnsupportedStructure as error:
             return self._stay_eager(str(error), args, kwargs)
-        self.state.refresh()
+        ahead = self._run_ahead(call, tensors) if self.config.enable_cuda_graph and self.state.in_place() else None
+        if not self.state.refresh() and ahead is not None:
+            return ahead.result()
+        if ahead is not None:
+            ahead.take_back()
         if self.state.version != self._version:
             with self._lock:
                 self._forget()  # another computation: what was traced for the one before is never asked again
@@ -106,13 +110,7 @@ class Component:
         if why is not None:
             return self._stay_eager(why, args, kwargs)
 
-        device = self.state.device
-        if device.type == "cuda":
-            # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
-            tensors = [tensor if tensor.is_cuda else _over(tensor, device) for tensor in tensors]
-        kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
-        signature = (call, kinds, self.state.key(), _autocast(device.type))
-        shapes = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+        tensors, signature, shapes = self._look_at(call, tensors)
         plan = self._plans.get((signature, shapes)) or self._plans.get(signature)
         if plan is None:
             with self._lock:
@@ -126,6 +124,31 @@ class Component:
         except Exception as error:  # or it is eager's own: then eager raises it
             self._note(f"ran eager at {describe_shapes(tensors)}: {_first_line(error)}")
             return self.eager(*args, **kwargs)
+
+    def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
+        """The tensors where the module is, the call's signature, and the shapes."""
+        device = self.state.device
+        if device.type == "cuda":
+            # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
+            tensors = [tensor if tensor.is_cuda else _over(tensor, device) for tensor in tensors]
+        kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
+        signature = (call, kinds, self.state.key(), _autocast(device.type))
+        return tensors, signature, tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+
+    def _run_ahead(self, call: Hashable, tensors: list[torch.Tensor]) -> Ahead | None:
+        """Launch what this call replayed before, so that the GPU works while we look whether it is still right."""
+        if self.state.why_eager(tensors) is not None:
+            return None
+        tensors, signature, shapes = self._look_at(call, tensors)
+        plan = self._plans.get((signature, shapes))
+        if plan is None or plan.call is None or not plan.ready(self.state.pointers):
+            return None
+        try:
+            drawn = RandomOffset(self.state.device)
+            return Ahead(plan.call, self._run(plan, tensors), drawn)
+        except Exception as error:  # it will come again in its own time
+            fallback.logger.debug("%s: not ahead: %s", self.name, error)
+            return None
 
     def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         assert plan.call is not None

@@ -44,6 +44,7 @@ class CompilationConfig:
             `tensor.data` in place is not noticed while the prompt stays the same object, so there it is asked for by name.
         enable_host_timesteps: let a pipeline's scheduler read the timestep in the host's memory instead of waiting for
             the GPU at every step.
+        enable_gpu_pixels: round a pipeline's pictures to bytes on the GPU and not on the host.
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
         graph_memory_budget: bytes that captured graphs may hold on one GPU; the least recently used are dropped above
@@ -69,6 +70,7 @@ class CompilationConfig:
     enable_merged_linears: bool = True
     enable_hoisting: bool | None = None
     enable_host_timesteps: bool = True
+    enable_gpu_pixels: bool = True
     enable_cuda_graph: bool = True
     enable_triton: bool = True
     enable_memory_kernels: bool = True

@@ -106,6 +106,10 @@ class Loop:
             raise RuntimeError("its graph was released while it was used")
         return outputs
 
+    def ready(self, pointers: tuple[int, ...]) -> bool:
+        """Whether there are graphs that read the weights where they are."""
+        return pointers == self._pointers and self._pool is not None and not self._dropped()
+
     def wasted(self) -> bool:
         """Whether what seemed to stay the same changes about as often as it is used."""
         return self.misses > 4 and 2 * self.misses > self.calls

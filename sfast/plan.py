@@ -25,6 +25,14 @@ class Plan:
     watch: Watch | None = None  # looks for tensors that stay the same from call to call
     loop: Loop | None = None  # the call without what those tensors decide
 
+    def ready(self, pointers: tuple[int, ...]) -> bool:
+        """Whether there is nothing to do but replaying a graph that reads the weights where they are."""
+        if self.call is None or self.watch is not None:
+            return False
+        if self.loop is not None:
+            return self.loop.ready(pointers)
+        return self.runner is not None and self.runner.graph is not None and self.pointers == pointers
+
 
 @dataclasses.dataclass(eq=False)
 class EagerCall:
@@ -45,3 +53,33 @@ class EagerCall:
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """The result as the module returns it."""
         return unflatten(self.output, outputs)
+
+
+class RandomOffset:
+    """How many random numbers a device's generator has drawn, to be set back where they turn out to be nobody's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
+        self._offset = 0 if self._generator is None else self._generator.get_offset()
+
+    def set_back(self) -> None:
+        """Forget what was drawn since."""
+        if self._generator is not None:
+            self._generator.set_offset(self._offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Results of a call that was launched before it was known to be right."""
+
+    call: Trace | EagerCall
+    outputs: list[torch.Tensor]
+    drawn: RandomOffset
+
+    def result(self) -> Any:
+        """The result as the module returns it."""
+        return self.call.unflatten(self.outputs)
+
+    def take_back(self) -> None:
+        """Nobody shall see it."""
+        self.drawn.set_back()

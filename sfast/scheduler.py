@@ -9,14 +9,13 @@ so the pictures are, bit for bit.
 
 from __future__ import annotations
 
-import functools
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from sfast.instead import is_free, put, take_back
 from sfast.verify import version_of
 
 METHODS = ("scale_model_input", "step")  # what a pipeline calls with a timestep, the first before a loop's first step
@@ -45,23 +44,6 @@ class Timesteps:
         return self._on_host[place]
 
 
-class OnHost:
-    """A scheduler's method in its own place, called with timesteps on the host."""
-
-    def __init__(self, scheduler: Any, name: str, timesteps: Timesteps) -> None:
-        self._method = getattr(scheduler, name)
-        self._scheduler, self._name = scheduler, name
-        self._timesteps = timesteps
-        functools.update_wrapper(self, self._method, updated=())  # pipelines read the signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        look = self._timesteps.on_host
-        return self._method(*[look(arg) for arg in args], **{name: look(arg) for name, arg in kwargs.items()})
-
-    def __reduce__(self) -> Any:  # a copied scheduler has a method of its own
-        return _own_method, (self._scheduler, self._name)
-
-
 class Follower:
     """Sees to it that a pipeline's scheduler reads timesteps on the host, also when it is another one than before."""
 
@@ -82,22 +64,21 @@ class Follower:
 
 def follow(scheduler: Any) -> None:
     """Have a scheduler's methods called with timesteps on the host; twice is once."""
-    own = getattr(scheduler, "__dict__", {})
+    if not all(is_free(scheduler, name) for name in METHODS):
+        return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
+    look = Timesteps(scheduler).on_host
+
+    def on_host(method: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(*[look(arg) for arg in args], **{name: look(arg) for name, arg in kwargs.items()})
+
     for name in METHODS:
-        method = getattr(type(scheduler), name, None)
-        if method is None or (name in own and getattr(own[name], "__func__", None) is not method):
-            return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
-    timesteps = Timesteps(scheduler)
-    for name in METHODS:
-        own[name] = OnHost(scheduler, name, timesteps)
+        put(scheduler, name, on_host)
 
 
 def leave(scheduler: Any) -> None:
     """Undo `follow`."""
-    own = getattr(scheduler, "__dict__", {})
     for name in METHODS:
-        if isinstance(own.get(name), OnHost):
-            del own[name]
+        take_back(scheduler, name)
 
 
 def place_in(times: torch.Tensor, value: Any) -> int | None:
@@ -108,7 +89,3 @@ def place_in(times: torch.Tensor, value: Any) -> int | None:
         return None
     place, rest = divmod(value.data_ptr() - times.data_ptr(), times.element_size() * times.stride(0))
     return place if not rest and 0 <= place < times.numel() else None
-
-
-def _own_method(scheduler: Any, name: str) -> Any:
-    return types.MethodType(getattr(type(scheduler), name), scheduler)

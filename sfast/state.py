@@ -90,19 +90,27 @@ class ModuleState:
         self._reread()
         self._layout = self._describe()
 
-    def refresh(self) -> None:
-        """Notice what was replaced or moved since the last call; below 1 ms for SDXL's 1,925 modules."""
+    def refresh(self) -> bool:
+        """Notice what was replaced or moved since the last call, and whether anything was.
+
+        It takes up to a millisecond for SDXL's 1,925 modules.
+        """
         if not self._tree.same():
             self._reread()
         else:
             pointers = self._addresses()
             if pointers == self.pointers:
-                return
+                return False
             self.pointers = pointers
         layout = self._describe()
         if layout != self._layout:
             self._layout = layout
             self.version += 1
+        return True
+
+    def in_place(self) -> bool:
+        """Whether the weights known so far are where they were: then what reads them there can do no harm."""
+        return self._addresses() == self.pointers
 
     def refresh_after_eager(self) -> None:
         """`refresh`, where it was the module's own forward that changed things: it may, a trace does not depend on it."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import sfast
 from sfast import CompilationConfig
-from sfast.scheduler import METHODS, OnHost, Timesteps, follow, leave, place_in
+from sfast.instead import Instead
+from sfast.scheduler import METHODS, Timesteps, follow, leave, place_in
 from tests import tiny
 
 # Those that look timesteps up in a table on the host, and some that count their steps.
@@ -57,12 +58,12 @@ def test_methods_are_followed_once_copied_and_left() -> None:
     follow(scheduler)
     first = scheduler.step
     follow(scheduler)
-    assert scheduler.step is first and isinstance(first, OnHost)
+    assert scheduler.step is first and isinstance(first, Instead)
     assert inspect.signature(scheduler.step) == signature
     for copied in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert copied.step.__self__ is copied
         follow(copied)
-        assert isinstance(copied.step, OnHost) and copied.step is not first
+        assert isinstance(copied.step, Instead) and copied.step is not first
         copied.set_timesteps(5)
         assert len(scheduler.timesteps) != 5
     leave(scheduler)
@@ -73,7 +74,7 @@ def test_a_method_that_somebody_has_replaced_is_left_alone() -> None:
     scheduler = scheduler_of("DDIMScheduler")
     scheduler.step = lambda *args, **kwargs: None
     follow(scheduler)
-    assert not isinstance(scheduler.step, OnHost) and "scale_model_input" not in vars(scheduler)
+    assert not isinstance(scheduler.step, Instead) and "scale_model_input" not in vars(scheduler)
     follow(None)
     follow(object())
 
@@ -82,16 +83,16 @@ def test_compile_and_restore_and_another_scheduler() -> None:
     pipe = tiny.TINY["text-to-image"].build()
     sfast.compile(pipe)
     first = pipe.scheduler
-    assert isinstance(first.step, OnHost)
+    assert isinstance(first.step, Instead)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(first.config)
-    assert not isinstance(pipe.scheduler.step, OnHost)
+    assert not isinstance(pipe.scheduler.step, Instead)
     tiny.TINY["text-to-image"].draw(pipe)
-    assert isinstance(pipe.scheduler.step, OnHost)
+    assert isinstance(pipe.scheduler.step, Instead)
     sfast.restore(pipe)
-    assert not isinstance(pipe.scheduler.step, OnHost)
+    assert not isinstance(pipe.scheduler.step, Instead)
     sfast.compile(pipe, CompilationConfig(enable_host_timesteps=False))
     tiny.TINY["text-to-image"].draw(pipe)
-    assert not isinstance(pipe.scheduler.step, OnHost)
+    assert not isinstance(pipe.scheduler.step, Instead)
 
 
 def pictures(pipe: Any, callback: Callable[..., dict[str, Any]] | None = None) -> Tensor:
