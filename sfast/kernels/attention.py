@@ -34,7 +34,7 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float 
 def _supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     heads = query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
     agree = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
-    return heads and agree and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2] and query.numel() > 0
+    return heads and agree and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2] > 0 and query.numel() > 0
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -77,7 +77,7 @@ def _ways(query: Tensor, key: Tensor, value: Tensor) -> dict[str, choice.Way]:
         if _has_native(query.device) and size in (40, 64, 80, 128, 160) and value.shape[3] == size:
             ways["native"] = _native
         flash = size % 8 == 0 and size <= 256 and value.shape[3] == size and torch.backends.cuda.flash_sdp_enabled()
-        if flash and _capability(query.device) >= (8, 0):
+        if flash and _capability(query.device) >= (9, 0):  # before Hopper it is PyTorch's own choice
             ways["flash"] = _flash
     return ways
 

@@ -45,11 +45,11 @@ def few_keys(
     """
     blocks = tl.cdiv(T, ROWS)
     pair = tl.program_id(0) // blocks
-    batch, head = (pair // H).to(tl.int64), pair % H
+    batch, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD)
     inside = (columns < D)[None, :]
-    first, rest = tl.arange(0, FIRST), FIRST + tl.arange(0, max(REST, 1))
+    first, rest = tl.arange(0, FIRST).to(tl.int64), FIRST + tl.arange(0, max(REST, 1)).to(tl.int64)
     mine = (rows < T)[:, None] & inside  # [ROWS, HEAD]
     q = query + (batch * q_batch + head * q_head + rows.to(tl.int64) * q_token)[:, None] * UNIT + columns[None, :]
     key += (batch * k_batch + head * k_head) * UNIT
@@ -117,7 +117,7 @@ def tiny(
     stacked = tl.arange(0, ROWS)
     token = stacked % PAD
     pair = tl.program_id(0) * (ROWS // PAD) + stacked // PAD
-    batch, head = (pair // H).to(tl.int64), pair % H
+    batch, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     columns = tl.arange(0, HEAD)
     mine = ((pair < pairs) & (token < T))[:, None] & (columns < D)[None, :]  # [ROWS, HEAD]
     there = ((pair < pairs) & (token < N))[:, None] & (columns < D)[None, :]
@@ -136,8 +136,8 @@ def tiny(
     # 0 * NaN is NaN: values that are not finite stay out of the product, and spoil their own pair afterwards.
     finite = tl.abs(v.to(tl.float32)) < float("inf")
     result = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0).to(v.dtype), input_precision="ieee")
-    spoilt = tl.dot(own.to(v.dtype), tl.where(finite, 0.0, 1.0).to(v.dtype), input_precision="ieee")
-    result = tl.where(spoilt > 0, float("nan"), result / tl.sum(weights, 1)[:, None])
+    spoilt = tl.max(tl.where(own, tl.max(tl.where(finite, 0, 1), 1)[None, :], 0), 1)  # [ROWS]
+    result = tl.where(spoilt[:, None] > 0, float("nan"), result / tl.sum(weights, 1)[:, None])
     places = ((batch * T + token) * H + head)[:, None] * D + columns[None, :]
     tl.store(out + places, result.to(out.dtype.element_ty), mask=mine)
 

@@ -17,7 +17,7 @@ from sfast.kernels.overlap import launch_options
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 LOG2_E = 1 / math.log(2)
-TINY = 64  # tokens at most
+TINY = 32  # tokens at most
 FEW = 256  # keys at most
 KEY_BYTES = 64 << 10  # of all keys of one head, rounded up; values take as much, and queries
 WIDE = 256  # head sizes above it have no fast kernel in PyTorch
@@ -56,7 +56,7 @@ def attend_to_few_keys(query: Tensor, key: Tensor, value: Tensor, scale: float |
 
 
 def takes_tiny(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend_tiny` can run: at most 64 tokens on both sides, heads of at most 256."""
+    """Whether `attend_tiny` can run: at most 32 tokens on both sides, heads of at most 256."""
     return _takes(query, key, value) and max(query.shape[2], key.shape[2]) <= TINY and query.shape[3] <= 256
 
 
@@ -65,14 +65,15 @@ def attend_tiny(query: Tensor, key: Tensor, value: Tensor, scale: float | None) 
     B, H, T, D = query.shape
     N = key.shape[2]
     out = query.new_empty(B, T, H, D)
-    pad = max(16, triton.next_power_of_2(max(T, N)))
+    pad, head = (max(16, triton.next_power_of_2(size)) for size in (max(T, N), D))
+    rows = 64 if head <= 64 else 32  # more would not fit into registers
     unit, strides = _strides(query, key, value)
-    tiny[triton.cdiv(B * H, TINY // pad),](
+    tiny[triton.cdiv(B * H, rows // pad),](
         *(query, key, value, out),
         *(B * H, H, T, N),
         *strides,
         _scale(query, scale) * LOG2_E,
-        *(D, max(16, triton.next_power_of_2(D)), pad, TINY, unit),
+        *(D, head, pad, rows, unit),
         **launch_options(query.device),
         num_warps=4,
     )

@@ -100,6 +100,16 @@ def test_a_way_that_raises_is_skipped(monkeypatch) -> None:
     assert fallback.noted() == [("broken for twice", "is not used: RuntimeError: no kernel for this")]
 
 
+def test_a_native_way_may_refuse_without_a_line(monkeypatch) -> None:
+    ways = Ways(monkeypatch, first=3.0, native=0.1)
+
+    def refuse(x: Tensor) -> Tensor:
+        raise RuntimeError("sfast_native: not this shape")
+
+    ways.results["native"] = refuse
+    assert ways.ask() == "first"
+
+
 @pytest.mark.usefixtures("falls_back")
 def test_a_way_that_raises_later_is_replaced_by_the_first(monkeypatch) -> None:
     ways = Ways(monkeypatch, first=3.0, other=1.0)
