@@ -17,7 +17,8 @@ from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
-TILE = 4096  # elements that a program takes at least
+TILE = 4096  # elements that a program takes, where there are rows enough for
+PROGRAMS = 1024  # programs: some for each multiprocessor of a large GPU
 ADD, WEIGHT, BIAS = 1, 2, 4  # bits of `flags`; a run-time value, so that all variants share one compilation
 
 
@@ -60,7 +61,7 @@ def _launch(
         (ADD if residual is not None else 0) | (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     )
     WIDTH = triton.next_power_of_2(width)
-    ROWS = max(1, TILE // WIDTH)
+    ROWS = max(1, min(TILE // WIDTH, triton.next_power_of_2(rows // PROGRAMS)))
     _layer_norm_rows[(triton.cdiv(rows, ROWS),)](
         x,
         x if residual is None else residual.contiguous(),
@@ -75,7 +76,7 @@ def _launch(
         ROWS=ROWS,
         WIDTH=WIDTH,
         **launch_options(x.device),
-        num_warps=min(16, max(4, WIDTH // 512)),
+        num_warps=min(16, max(4, WIDTH // (256 if ROWS == 1 else 512))),
     )
     return y, total
 

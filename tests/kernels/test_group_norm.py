@@ -210,3 +210,53 @@ def test_at_the_sizes_of_a_pipeline(shape, dtype) -> None:
     x, weight, bias = make(shape, dtype, torch.device("cuda", 0), True)
     inputs = (x, 32, weight, bias, 1e-5)
     assert_close_to_fp64(ops.group_norm_silu(*inputs), group_norm_silu_reference, *inputs)
+
+
+CLUSTERS = [
+    ((2, 320, 64, 64), 32),
+    ((2, 960, 33, 31), 32),
+    ((1, 40, 31, 37), 4),
+    ((3, 96, 7, 11), 32),
+    ((5, 1280, 9, 7), 32),
+    ((1, 512, 64, 63), 32),
+    ((2, 2560, 8, 8), 32),
+    ((2, 64, 5, 5), 1),
+    ((1, 128, 16, 16), 1),
+    ((2, 24, 1, 1), 3),
+    ((2, 80, 3, 9, 7), 8),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), CLUSTERS, ids=str)
+def test_groups_kept_by_clusters(shape, groups, dtype) -> None:
+    device = torch.device("cuda", 0)
+    for mean, std in [(0.5, 1.0), (60.0, 0.5)]:
+        x, weight, bias = make(shape, dtype, device, True, mean=mean, std=std)
+        rows = x.movedim(1, -1).reshape(shape[0], -1, shape[1])
+        if not group_norm.native_group_norm_takes(rows, groups):
+            pytest.skip("needs native ops with kernels of our own, and a GPU with clusters")
+        wide = torch.randn(shape[0], 3 * shape[1]).to(device, dtype)
+        shift = wide[:, shape[1] : 2 * shape[1]].reshape(*shape[:2], *[1] * (len(shape) - 2))
+        for parameters in [(weight, bias), (None, bias), (weight, None), (None, None)]:
+            inputs = (x, groups, *parameters, 1e-5)
+            assert_close_to_fp64(ops.group_norm(*inputs), group_norm_reference, *inputs)
+            assert_close_to_fp64(ops.group_norm_silu(*inputs), group_norm_silu_reference, *inputs)
+            shifted = (x, shift, *inputs[1:])
+            result = ops.add_group_norm_silu(*shifted)
+            assert_close_to_fp64(result, add_group_norm_silu_reference, *shifted)
+            assert result.stride() == x.stride()
+    x[0, 0, ..., 0] = float("nan")
+    spoilt = torch.zeros_like(x, dtype=torch.bool)
+    spoilt[0, : shape[1] // groups] = True
+    assert torch.equal(ops.group_norm(x, groups, weight, bias, 1e-5).isnan(), spoilt)
+
+
+@pytest.mark.gpu
+def test_what_no_cluster_keeps() -> None:
+    device = torch.device("cuda", 0)
+    for shape, groups in [((1, 128, 1024, 1024), 32), ((2, 42, 8, 8), 2), ((1, 512, 4, 4), 1)]:
+        rows = torch.empty(shape[0], shape[2] * shape[3], shape[1], dtype=torch.float16, device=device)
+        assert not group_norm.native_group_norm_takes(rows, groups)
+    assert not group_norm.native_group_norm_takes(torch.empty(1, 64, 64, device=device), 2)

@@ -19,7 +19,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
     [((2, 5, 33), 1), ((3, 7, 11), 2), ((7, 2), 1), ((2, 9000), 1), ((3, 320), 1), ((5,), 1)],
     ids=str,
 )
-def test_layer_norm(shape, dims, dtype, device, runs_kernel) -> None:
+@pytest.mark.parametrize("programs", [1, 1024], ids=["rows together", "row by row"])
+def test_layer_norm(programs, shape, dims, dtype, device, runs_kernel, monkeypatch) -> None:
+    monkeypatch.setattr(layer_norm, "PROGRAMS", programs)
     x = (torch.randn(shape) + 0.5).to(device, dtype)
     normalized_shape = list(shape[-dims:])
     weight, bias = (torch.randn(normalized_shape).to(device, dtype) for _ in range(2))
@@ -32,7 +34,9 @@ def test_layer_norm(shape, dims, dtype, device, runs_kernel) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 33), (3, 320), (2, 4097)], ids=str)
-def test_add_layer_norm(shape, dtype, device) -> None:
+@pytest.mark.parametrize("programs", [1, 1024], ids=["rows together", "row by row"])
+def test_add_layer_norm(programs, shape, dtype, device, monkeypatch) -> None:
+    monkeypatch.setattr(layer_norm, "PROGRAMS", programs)
     x, residual = (torch.randn(shape).to(device, dtype) for _ in range(2))
     weight, bias = (torch.randn(shape[-1]).to(device, dtype) for _ in range(2))
     inputs = (x, residual, [shape[-1]], weight, bias, 1e-5)
