@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import importlib
+import inspect
 import os
 import threading
 from collections import defaultdict
@@ -121,6 +122,7 @@ class Rehearsal:
         self._future_kernel = futures.FutureKernel
         self._compiled: dict[Hashable, bool] = {}
         self._launchers: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._built: set[str] = set()
 
     def launch(self, run: Callable[..., Any], args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> Any:
         """`kernel[grid](*args, **options)` if that kernel is compiled."""
@@ -135,7 +137,10 @@ class Rehearsal:
 
     def submit(self, compile: Callable[[], Any]) -> Future[Any]:
         """Compile and load a kernel in the pool, or here and now where there can be no further thread."""
+        source = inspect.getclosurevars(compile).nonlocals.get("src")
         try:
+            if source is not None:
+                self.pool.submit(_logged, lambda: self._build_launcher(source))
             return self.pool.submit(self._compile, compile)
         except RuntimeError as error:
             logger.debug("kernels are compiled one after the other: %s", error)
@@ -149,10 +154,24 @@ class Rehearsal:
     def _compile(self, compile: Callable[[], Any]) -> Any:
         with torch.cuda.device(self._device):
             kernel = compile()
-            # Some versions of Triton compile a C module for each signature: once, though several kernels share it.
             with self._launchers[str(kernel.src.signature)]:
                 _logged(lambda: kernel.run)  # loads it
         return kernel
+
+    def _build_launcher(self, source: Any) -> None:
+        """Some versions of Triton compile a C module for each signature, into their cache: once, and beside the kernel."""
+        signature = str(source.signature)
+        with self._launchers[signature]:
+            if signature not in self._built:
+                self._built.add(signature)
+                importlib.import_module("triton.runtime.driver").driver.active.launcher_cls(source, _Metadata())
+
+
+class _Metadata:
+    """Of a kernel that is not compiled yet: nothing that its launcher's source depends on."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _kind(argument: Any) -> Hashable:

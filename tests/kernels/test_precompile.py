@@ -32,6 +32,7 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[tuple[str, int]] = []
         self.loads = 0
+        self.launchers: list[tuple[str, str | None]] = []
         self.threads: set[int] = set()
         self.utils = SimpleNamespace(
             load_binary=self.load_binary,
@@ -40,6 +41,8 @@ class Driver:
         )
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.launchers.append((str(source.signature), metadata.name))
+
         def launch(*args: Any) -> None:
             self.launches.append((metadata.name, args[0]))
 
@@ -106,6 +109,8 @@ def test_a_rehearsal_compiles_what_it_leaves_out(kernels: Kernels) -> None:
     assert not precompile.rehearse(launch, CUDA)
     assert kernels.driver.launches == []
     assert kernels.driver.loads == 3
+    ahead = [signature for signature, name in kernels.driver.launchers if name is None]
+    assert len(ahead) == 1, "the launchers' C module is compiled once for a signature"
     assert threading.get_ident() not in kernels.driver.threads
 
     assert precompile.rehearse(launch, CUDA), "everything is compiled, so everything is launched"
@@ -210,7 +215,7 @@ def test_an_operator_answers_with_its_reference_when_a_launch_was_left_out(kerne
 
     def launch(x: torch.Tensor) -> torch.Tensor:
         kernels.double[(1,)](x, kernels.y, 64, BLOCK=64)
-        return torch.full_like(x, 7)
+        return torch.full((64, 2), 7.0)[:, 0]
 
     op.define("doubled_for_a_test(Tensor x) -> Tensor", lambda x: x * 2, lambda x: True, launch, torch.empty_like)
     results = []
@@ -218,6 +223,7 @@ def test_an_operator_answers_with_its_reference_when_a_launch_was_left_out(kerne
     assert not precompile.rehearse(double, CUDA)
     double()
     assert torch.equal(results[0], kernels.x * 2)
+    assert results[0].stride() == (2,), "in the layout of the kernel's result"
     assert torch.equal(results[1], torch.full_like(kernels.x, 7))
     assert blocks(kernels.driver) == [1]
     del library
