@@ -24,7 +24,7 @@ from sfast.kernels.attention_triton import (
 from sfast.kernels.native_ops import HALF, native_is_available
 from sfast.kernels.op import define
 
-aten = torch.ops.aten
+NATIVE_SIZES = (40, 64, 80, 128, 160)  # of heads
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -34,7 +34,9 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float 
 def _supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     heads = query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
     agree = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
-    return heads and agree and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2] > 0 and query.numel() > 0
+    return (
+        heads and agree and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2] > 0 and query.numel() > 0
+    )
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -72,18 +74,16 @@ def _ways(query: Tensor, key: Tensor, value: Tensor) -> dict[str, choice.Way]:
         ways["triton_few_keys"] = attend_to_few_keys
     if takes_wide(query, key, value):
         ways["wide"] = attend_wide
-    if query.is_cuda and query.dtype in HALF and torch.version.hip is None:
-        size = query.shape[3]
-        if _has_native(query.device) and size in (40, 64, 80, 128, 160) and value.shape[3] == size:
+    if query.is_cuda and query.dtype in HALF and torch.version.hip is None and value.shape[3] == query.shape[3]:
+        if query.shape[3] in NATIVE_SIZES and _has_native(query.device):
             ways["native"] = _native
-        flash = size % 8 == 0 and size <= 256 and value.shape[3] == size and torch.backends.cuda.flash_sdp_enabled()
-        if flash and _capability(query.device) >= (9, 0):  # before Hopper it is PyTorch's own choice
+        elif query.shape[3] % 8 == 0 and query.shape[3] <= 256 and _asks_for_flash(query.device):
             ways["flash"] = _flash
     return ways
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    result: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
     return result
 
 
@@ -94,14 +94,19 @@ def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
     return result
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _asks_for_flash(device: torch.device) -> bool:
+    """Whether it is worth asking, and allowed: before Hopper it is PyTorch's own first choice."""
+    return torch.backends.cuda.flash_sdp_enabled() and _capability(device) >= (9, 0)
 
 
 @functools.cache
 def _has_native(device: torch.device) -> bool:
     return _capability(device) == (9, 0) and native_is_available() and hasattr(torch.ops.sfast_native, "attention")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

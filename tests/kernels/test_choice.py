@@ -153,7 +153,7 @@ def test_a_rehearsal_compiles_all_ways_and_measures_only_if_it_left_none_out(mon
     monkeypatch.setattr(choice, "is_rehearsing", lambda: True)
     monkeypatch.setattr(choice, "left_out", lambda: next(left_out))
     assert ways.ask() == "first"
-    assert ways.called == ["first", "slow", "fast", "first"] and ways.measured == []
+    assert ways.called == ["slow", "fast", "first"] and ways.measured == []
     monkeypatch.setattr(choice, "left_out", lambda: 7)
     assert ways.ask() == "fast"
 
@@ -181,6 +181,20 @@ def test_one_way_alone_is_not_measured(monkeypatch) -> None:
     ways = Ways(monkeypatch, first=3.0)
     assert ways.ask() == "first"
     assert ways.called == ["first"] and ways.measured == []
+
+
+@pytest.mark.parametrize(("once", "timed"), [(0.01, [1, choice.REPEATS]), (3.0, [1, 2]), (500.0, [1])])
+def test_long_calls_are_timed_less_often(once, timed, monkeypatch) -> None:
+    repetitions = []
+
+    def time(way: choice.Way, inputs: tuple, repeats: int, sleep: int) -> tuple[float, float]:
+        assert (sleep > 0) == bool(repetitions)  # the GPU sleeps until all calls are launched
+        repetitions.append(repeats)
+        return 0.005, once / len(repetitions)
+
+    monkeypatch.setattr(choice, "_timed", time)
+    found = choice._milliseconds(lambda x: x, (X,), torch.device("cuda", 0))
+    assert found == once / len(timed) and repetitions == timed
 
 
 @pytest.mark.gpu
