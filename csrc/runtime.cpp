@@ -3,11 +3,14 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <type_traits>
 
 #include "check.h"
@@ -50,6 +53,29 @@ Span time(const std::function<void()>& work, cudaStream_t stream) {
   CUDA_CHECK(cudaEventRecord(span.end.get(), stream));
   return span;
 }
+
+// While it lives, what is put on the stream waits there (but not for ever: a launch might itself wait for the stream).
+class Gate {
+ public:
+  explicit Gate(cudaStream_t stream) : stream_(stream) { CUDA_CHECK(cudaLaunchHostFunc(stream, &Gate::hold, this)); }
+  ~Gate() {
+    open_ = true;
+    cudaStreamSynchronize(stream_);  // `hold` reads this object
+  }
+  Gate(const Gate&) = delete;
+  Gate& operator=(const Gate&) = delete;
+
+ private:
+  static void CUDART_CB hold(void* self) {
+    constexpr std::chrono::milliseconds kLongest(20);
+    const auto end = std::chrono::steady_clock::now() + kLongest;
+    const auto& gate = *static_cast<const Gate*>(self);
+    while (!gate.open_ && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  }
+
+  cudaStream_t stream_;
+  std::atomic<bool> open_{false};
+};
 
 // Short work is timed as a graph of many launches, so that the processor's launch time stays out of the figure.
 GraphExec repeat_as_graph(const std::function<void(cudaStream_t)>& work, int times, cudaStream_t side) {
@@ -157,48 +183,76 @@ RelaxedCapture::~RelaxedCapture() {
 
 std::vector<float> time_each(const std::vector<std::function<void(cudaStream_t)>>& candidates, cudaStream_t stream) {
   constexpr float kHopeless = 1.25f, kNoiseMs = 0.01f;  // slower than kHopeless * best + kNoiseMs: not looked at again
+  constexpr float kLoadMs = 2.0f;                       // what loading its kernel may add to a candidate's first run
   constexpr float kEnoughMs = 0.25f;                    // a run this long needs no repetition within it
+  constexpr size_t kFinalists = 6;
   constexpr int kRounds = 3;
   const float kNever = std::numeric_limits<float>::infinity();
   std::vector<float> rough(candidates.size(), kNever), ms = rough;
 
-  // The processor waits for the GPU twice in all: once for rough figures, once for fine ones.
+  // Rough figures. The first runs load the kernels, and show what is hopeless all the same; the others run again,
+  // behind a gate, so that they follow each other without waiting for the processor to launch them.
   std::vector<std::pair<size_t, Span>> spans;
-  for (size_t i = 0; i < candidates.size(); ++i) {
+  const auto run_and_time = [&](size_t i) {
     try {
-      candidates[i](stream);  // the first launch loads the kernel
       spans.emplace_back(i, time([&] { candidates[i](stream); }, stream));
     } catch (const std::exception&) {
       cudaGetLastError();  // the candidate stays at infinity; its error must not surface in a later call
     }
+  };
+  const auto wait = [&] {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    std::fill(rough.begin(), rough.end(), kNever);
+    for (const auto& [i, span] : spans) rough[i] = span.ms();
+    return spans.empty() ? kNever : *std::min_element(rough.begin(), rough.end());
+  };
+  for (size_t i = 0; i < candidates.size(); ++i) run_and_time(i);
+  float best = wait();
+  spans.clear();
+  if (best == kNever) return ms;
+  {
+    const std::vector<float> first = rough;
+    const Gate gate(stream);
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (first[i] <= kHopeless * best + kLoadMs) run_and_time(i);
+    }
   }
-  CUDA_CHECK(cudaStreamSynchronize(stream));
-  for (const auto& [i, span] : spans) rough[i] = span.ms();
-  if (spans.empty()) return ms;
+  best = wait();
+  spans.clear();
 
-  const float limit = kHopeless * *std::min_element(rough.begin(), rough.end()) + kNoiseMs;
-  const Stream side = make_stream();
-  std::vector<std::function<void()>> runs(candidates.size());
-  std::vector<int> times(candidates.size(), 1);
+  std::vector<size_t> finalists;
   for (size_t i = 0; i < candidates.size(); ++i) {
-    if (rough[i] > limit) continue;
-    times[i] = std::clamp(static_cast<int>(kEnoughMs / rough[i]), 1, 10);
-    if (times[i] == 1) {
-      runs[i] = [&candidates, i, stream] { candidates[i](stream); };
+    if (rough[i] <= kHopeless * best + kNoiseMs) finalists.push_back(i);
+  }
+  std::stable_sort(finalists.begin(), finalists.end(), [&](size_t i, size_t j) { return rough[i] < rough[j]; });
+  finalists.resize(std::min(finalists.size(), kFinalists));
+  if (finalists.size() == 1) {
+    ms[finalists[0]] = best;
+    return ms;
+  }
+
+  // Fine figures: the least of a few rounds. The processor waits for the GPU once.
+  const Stream side = make_stream();
+  std::vector<std::function<void()>> runs;
+  std::vector<int> times;
+  for (const size_t i : finalists) {
+    times.push_back(std::clamp(static_cast<int>(kEnoughMs / std::max(rough[i], kNoiseMs / 10)), 1, 10));
+    if (times.back() == 1) {
+      runs.push_back([&candidates, i, stream] { candidates[i](stream); });
     } else {
       const std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> graph =
-          repeat_as_graph(candidates[i], times[i], side.get());
-      runs[i] = [graph, stream] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); };
+          repeat_as_graph(candidates[i], times.back(), side.get());
+      runs.push_back([graph, stream] { CUDA_CHECK(cudaGraphLaunch(graph.get(), stream)); });
     }
   }
-  spans.clear();
   for (int round = 0; round < kRounds; ++round) {
-    for (size_t i = 0; i < candidates.size(); ++i) {
-      if (runs[i]) spans.emplace_back(i, time(runs[i], stream));
-    }
+    for (size_t f = 0; f < finalists.size(); ++f) spans.emplace_back(f, time(runs[f], stream));
   }
   CUDA_CHECK(cudaStreamSynchronize(stream));
-  for (const auto& [i, span] : spans) ms[i] = std::min(ms[i], span.ms() / static_cast<float>(times[i]));
+  for (const auto& [f, span] : spans) {
+    float& least = ms[finalists[f]];
+    least = std::min(least, span.ms() / static_cast<float>(times[f]));
+  }
   return ms;
 }
 
