@@ -38,7 +38,8 @@ COMPONENTS: dict[str, dict[str, int]] = {
     "sd3": {**HALVES, "text_encoder": 1, "text_encoder_2": 1, "transformer": 1},
 }
 GROUP_NORMS = ("group_norm", "group_norm_silu", "add_group_norm_silu")
-LAYER_NORMS = ("layer_norm", "add_layer_norm")
+TURNED = ("shift_transpose_layer_norm", "add_shift_transpose_layer_norm")  # of videos
+LAYER_NORMS = ("layer_norm", "add_layer_norm", *TURNED)
 
 
 @dataclass
