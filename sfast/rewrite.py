@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,53 +127,56 @@ def fuse(graph: Any, fusion: Fusion, unsafe: frozenset[int] = frozenset()) -> in
     anchor_kind = pattern.outputs[0].node().kind()
     fired = 0
     for anchor in graph.findAllNodes(anchor_kind, False):
-        match = _match(pattern, anchor)
-        if match is not None and _replace(graph, fusion, pattern, match, unsafe):
-            fired += 1
+        fired += any(_replace(graph, fusion, pattern, match, unsafe) for match in _matches(pattern, anchor))
     return fired
 
 
-def _match(pattern: _Pattern, anchor: Any) -> dict[int, Any] | None:
-    """Values of the graph for each value of the pattern, if the pattern's first result can be `anchor`'s."""
+def _matches(pattern: _Pattern, anchor: Any) -> Iterator[dict[int, Any]]:
+    """Values of the graph for each value of the pattern, if the pattern's first result can be `anchor`'s.
+
+    There may be several: either side of an addition can be the convolution before it, and one of the two be read elsewhere.
+    """
     start = pattern.outputs[0]
     if anchor.outputsSize() <= start.offset():
-        return None
-    bound = _solve([(start, anchor.outputsAt(start.offset()))], {}, pattern)
-    complete = bound is not None and all(key in bound for key in (*pattern.arguments, *_ids(pattern.outputs)))
-    return bound if complete else None
+        return
+    for bound in _solve([(start, anchor.outputsAt(start.offset()))], {}, pattern):
+        if all(key in bound for key in (*pattern.arguments, *_ids(pattern.outputs))):
+            yield bound
 
 
-def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Pattern) -> dict[int, Any] | None:
-    """Unify all pairs of (pattern value, graph value), trying `add` and `mul` in both orders."""
+def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Pattern) -> Iterator[dict[int, Any]]:
+    """Unify all pairs of (pattern value, graph value), with `add` and `mul` in both orders."""
     if not pairs:
-        return bound
+        yield bound
+        return
     (wanted, value), rest = pairs[0], pairs[1:]
     key = wanted.unique()
     if key in bound:
-        return _solve(rest, bound, pattern) if bound[key].unique() == value.unique() else None
+        if bound[key].unique() == value.unique():
+            yield from _solve(rest, bound, pattern)
+        return
     node = wanted.node()
     if key in pattern.argument_ids:
         place = pattern.arguments.index(key)
         fits = value.type().isSubtypeOf(pattern.argument_types[place])
         condition = pattern.conditions[place]
-        fits = fits and (condition is None or condition(value))
-        return _solve(rest, {**bound, key: value}, pattern) if fits else None
+        if fits and (condition is None or condition(value)):
+            yield from _solve(rest, {**bound, key: value}, pattern)
+        return
     if node.kind() == "prim::Constant":
-        same = is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue())
-        return _solve(rest, bound, pattern) if same else None
+        if is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue()):
+            yield from _solve(rest, bound, pattern)
+        return
     other = value.node()
     if other.kind() != node.kind() or value.offset() != wanted.offset() or other.inputsSize() != node.inputsSize():
-        return None
+        return
     bound = {**bound, key: value}
     wanted_inputs, inputs = list(node.inputs()), list(other.inputs())
     orders = [inputs]
     if _commutes(other, inputs):
         orders.append([inputs[1], inputs[0], *inputs[2:]])
     for order in orders:
-        found = _solve([*zip(wanted_inputs, order, strict=True), *rest], bound, pattern)
-        if found is not None:
-            return found
-    return None
+        yield from _solve([*zip(wanted_inputs, order, strict=True), *rest], bound, pattern)
 
 
 def _commutes(node: Any, inputs: list[Any]) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.fusions.conv2d import CONV2D_ADD
 from sfast.fusions.group_norm import GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
 from sfast.fusions.linear import LINEAR_SILU
@@ -82,6 +83,21 @@ def test_a_sum_that_vanishes_has_its_size_asked_of_its_operands() -> None:
     for inputs in [(torch.randn(9, 4, 8), torch.randn(9, 1, 8)), (torch.randn(3, 1, 8), torch.randn(1, 7, 8))]:
         for result, wanted in zip(traced.run([], list(inputs)), forward(*inputs), strict=True):
             torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+def test_a_residual_that_is_a_convolution_itself() -> None:
+    weight, bias = torch.randn(2, 2, 3, 3), torch.randn(2)
+
+    def forward(x: Tensor) -> Tensor:
+        x = F.conv2d(x, weight, bias, padding=1)
+        return x + F.conv2d(F.silu(x), weight, bias, padding=1)
+
+    def turned(x: Tensor) -> Tensor:
+        x = F.conv2d(x, weight, bias, padding=1)
+        return F.conv2d(F.silu(x), weight, bias, padding=1) + x
+
+    for each in (forward, turned):
+        assert fused(each, torch.randn(1, 2, 5, 4), fusions=[CONV2D_ADD]).fusions == {"conv2d_add": 1}
 
 
 def test_a_division_by_one_of_a_sum_goes() -> None:

@@ -19,7 +19,7 @@ from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 FEW = 8  # channels
 MOST_TAPS = 128  # elements of a patch
-PIXELS, FILTERS = 64, 64  # of a few_in tile
+PIXELS, FILTERS = 128, 64  # of a few_in tile
 STRIP = 64  # pixels across that a few_out program reads, of which the two outermost are margin
 MOST_CHANNELS = 128  # of x in few_out: all taps stay in shared memory
 
@@ -218,7 +218,7 @@ def few_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _rows(total: int) -> int:
     """How many rows of outputs a program makes: it reads two more, which count where there are programs enough."""
-    return 16 if total >= 8192 else 4
+    return 16 if total >= 4096 else 8
 
 
 @triton.jit(do_not_specialize=["H", "W", "strips", "rows", "filter_stride", "channel", "line", "column", "biased"])
