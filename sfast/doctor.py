@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -24,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from sfast import versions
+from sfast import disk_cache, versions
 from sfast.triton_cache import is_readable
 
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with fast fp16 matrix units that today's cuDNN and Triton still serve
@@ -53,6 +54,7 @@ def examine() -> list[Finding]:
         check_xformers,
         check_libraries,
         check_kernel_cache,
+        check_choices,
     )
     return [finding for check in checks for finding in check()]
 
@@ -267,6 +269,22 @@ def check_kernel_cache() -> Iterator[Finding]:
         yield Finding("kernel cache", "note", detail, f"rm -rf {shlex.join(map(str, sorted(entries)))}")
     else:
         yield Finding("kernel cache", "ok", detail)
+
+
+def check_choices() -> Iterator[Finding]:
+    """The folder in which sfast keeps which kernels were fastest."""
+    folder = disk_cache.folder()
+    if folder is None:
+        yield Finding("choices", "note", "not kept for the next process: SFAST_CACHE_DIR is empty, or there is no home")
+        return
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        fix = f"export SFAST_CACHE_DIR={shlex.quote(str(Path(tempfile.gettempdir()) / 'sfast'))}"
+        yield Finding("choices", "note", f"{folder} cannot be written: every process measures kernels again", fix)
+        return
+    files = [path for path in folder.rglob("*.txt") if path.is_file()] if folder.exists() else []
+    size = sum(path.stat().st_size for path in files) / 2**10
+    yield Finding("choices", "ok", f"{folder}: {len(files)} files, {size:.1f} KiB")
 
 
 def attempt(name: str) -> tuple[ModuleType | None, str]:

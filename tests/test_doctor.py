@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from sfast import doctor
+from sfast import disk_cache, doctor
 
 STATES = {"ok", "note", "missing", "broken"}
 
@@ -163,3 +163,26 @@ def test_reinstall_command_knows_where_it_came_from():
     command = doctor.reinstall_command()
     assert command.startswith(f"{doctor.PIP} install --force-reinstall --no-deps ")
     assert sys.executable in command
+
+
+class TestChoices:
+    def finding(self):
+        (finding,) = doctor.check_choices()
+        return finding
+
+    def test_where_and_how_many(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SFAST_CACHE_DIR", str(tmp_path / "cache"))
+        assert self.finding() == doctor.Finding("choices", "ok", f"{tmp_path / 'cache'}: 0 files, 0.0 KiB")
+        assert disk_cache.put("plans", "a key", "x" * 2048)
+        assert self.finding().detail.startswith(f"{tmp_path / 'cache'}: 1 files, 2.")
+
+    def test_switched_off(self, monkeypatch):
+        monkeypatch.setenv("SFAST_CACHE_DIR", "")
+        assert self.finding().state == "note"
+        assert "not kept" in self.finding().detail
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("SFAST_CACHE_DIR", str(tmp_path / "file" / "below"))
+        assert self.finding().state == "note"
+        assert self.finding().fix.startswith("export SFAST_CACHE_DIR=")
