@@ -32,13 +32,13 @@ def normalize(graph: Any) -> None:
     _constants_first(graph)
 
 
-_IDENTITIES = frozenset(("aten::dropout", "aten::feature_dropout", "aten::slice", "aten::div", "aten::mul"))
+_IDENTITIES = frozenset(("aten::dropout", "aten::feature_dropout", "aten::slice", "aten::div", "aten::mul", "aten::to"))
 _COMPUTED = object()  # stands for a value that is not constant
 _WHOLE = 2**63 - 1  # the end of `x[:]`
 
 
 def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None) -> None:
-    """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`."""
+    """Remove operators that return their input: inactive dropout, `x[:]`, `x / 1`, `x.to(x.dtype)`."""
     written_to: bool | None = None  # whether `x / 1` may be a copy that is written to; looked up when it is asked
     for node in list(graph.nodes()):
         kind = node.kind()
@@ -48,6 +48,9 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         constants = [value.toIValue() if is_constant(value) else _COMPUTED for value in inputs]
         if kind == "aten::slice":
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
+        elif kind == "aten::to":  # (x, dtype, non_blocking, copy, memory_format) gives x itself where it has the dtype
+            plain = len(inputs) == 5 and isinstance(constants[1], int) and constants[3:] == [False, None]
+            identity = plain and same_dtype is not None and same_dtype(node)
         elif kind in ("aten::div", "aten::mul"):
             identity = len(inputs) == 2 and _is_one(constants[1]) and same_dtype is not None and same_dtype(node)
             if identity and written_to is None:

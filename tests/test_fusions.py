@@ -30,6 +30,14 @@ def _geglu(x: Tensor, approximate: str = "none", dim: int = -1, parts: int = 2) 
     return h * F.gelu(gate, approximate=approximate)
 
 
+HEADS, JOINED, ONE_KEY = torch.randn(12, 8), torch.randn(8, 12), torch.randn(2, 3, 1, 4)  # three heads
+
+
+def _attended(query: Tensor, key: Tensor, **how: Any) -> Tensor:
+    heads = query.view(2, -1, 3, 4).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, key, key + 1, **how).transpose(1, 2).reshape(2, -1, 12)
+
+
 def _by_place(x: Tensor) -> Tensor:
     frames, L, C = 3, *x.shape[1:]
     return x[None, :].reshape(x.shape[0] // frames, frames, L, C).permute(0, 2, 1, 3).reshape(-1, frames, C)
@@ -247,6 +255,13 @@ CASES = [
         None,
         lambda x, r: torch.cat([x, r], dim=2),
         (X, R),
+    ),
+    Case(
+        "cross_attention",
+        lambda x, k: F.linear(_attended(F.linear(x, HEADS, HEADS[:, 0]), k), JOINED, GB),
+        _twice(lambda x, k: F.linear(x, HEADS), lambda m: F.linear(_attended(m, ONE_KEY), JOINED, GB)),
+        lambda x, k: F.linear(_attended(F.linear(x, HEADS), k, is_causal=True), JOINED, GB),
+        (V, torch.randn(2, 3, 1, 4)),
     ),
     Case(
         "xformers_attention",

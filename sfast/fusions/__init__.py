@@ -7,7 +7,7 @@ Order matters where one pattern contains another; the line says so.
 from __future__ import annotations
 
 from sfast.config import CompilationConfig
-from sfast.fusions.attention import ATTENTION, XFORMERS_ATTENTION
+from sfast.fusions.attention import ATTENTION, CROSS_ATTENTION, XFORMERS_ATTENTION
 from sfast.fusions.cat_channels import CAT_CHANNELS
 from sfast.fusions.conv2d import (
     CONV2D_ADD,
@@ -65,12 +65,13 @@ FUSIONS: list[Fusion] = [
     CONV2D_ADD,
     PAD_CONV2D,  # before CONV2D_BIAS, which would leave the padding
     CONV2D_BIAS,
+    XFORMERS_ATTENTION,  # before CROSS_ATTENTION and ATTENTION, which have its pattern: who asks for xformers gets it
+    CROSS_ATTENTION,  # before LINEAR and ATTENTION, which it contains
     LINEAR_IMAGE_ADD,
     LINEAR_ADD,  # after ADD_LAYER_NORM, which adds at less cost than an epilogue where it can
     LINEAR,  # after all that contain it
     UPSAMPLE_NEAREST2D,
     CAT_CHANNELS,
-    XFORMERS_ATTENTION,  # before ATTENTION, which has the same pattern: who asks for xformers gets it
     ATTENTION,
 ]
 
