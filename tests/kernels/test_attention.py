@@ -13,7 +13,7 @@ from torch import Tensor
 from sfast.kernels import attention, attention_triton, choice
 from sfast.kernels.attention import attention_reference
 from sfast.kernels.triton_or_none import INTERPRETED
-from tests.kernels.fp64 import assert_close_to_fp64
+from tests.kernels.fp64 import assert_close_to_fp64, error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = {
@@ -63,7 +63,11 @@ def _inputs(
 def _check(name: str, inputs: tuple[Tensor, ...], scale: float | None = None) -> None:
     takes, attend = KERNELS[name]
     assert takes(*inputs)
-    assert_close_to_fp64(attend(*inputs, scale), attention_reference, *inputs, scale)
+
+    def reference(*dense: Tensor) -> Tensor:  # which on a GPU does not take every stride
+        return attention_reference(*(tensor.contiguous() for tensor in dense), scale)
+
+    assert_close_to_fp64(attend(*inputs, scale), reference, *inputs)
 
 
 @pytest.fixture
@@ -100,7 +104,9 @@ def test_kernels(name, shape, dtype, device) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("scale", [0.0, 0.5, -0.3])
 def test_any_scale(name, scale, device) -> None:
-    _check(name, _inputs(2, 2, 9, 20, 272 if name == "wide" else 24, torch.float16, device), scale)
+    inputs = _inputs(2, 2, 9, 20, 272 if name == "wide" else 24, torch.float16, device)
+    exact = attention_reference(*(tensor.double() for tensor in inputs), scale)
+    assert error(KERNELS[name][1](*inputs, scale), exact) <= 4e-4  # where PyTorch's kernels may well return NaN
 
 
 @pytest.mark.usefixtures("kernel")
@@ -155,8 +161,8 @@ def test_one_key_is_the_value(shape, dtype, device) -> None:
     B, H, T, D = shape
     inputs = _inputs(B, H, T, 1, D, dtype, device)
     result = torch.ops.sfast.attention(*inputs, None)
-    expected = F.scaled_dot_product_attention(*inputs)
-    assert torch.equal(result, expected) and result.shape == expected.shape
+    assert torch.equal(result, inputs[2].expand(B, H, T, D))
+    torch.testing.assert_close(result, F.scaled_dot_product_attention(*inputs))  # fp32 rounds to TF32 on some GPUs
     assert result.transpose(1, 2).is_contiguous()
     result.add_(1)  # memory of its own
 
