@@ -29,6 +29,13 @@ def doctor(arguments: Sequence[str]) -> int:
     return doctor.main(arguments)
 
 
+def cache(arguments: Sequence[str]) -> int:
+    """show the folder in which sfast keeps which kernels were fastest, or clear it"""
+    from sfast import disk_cache
+
+    return disk_cache.main(arguments)
+
+
 def bench(arguments: Sequence[str]) -> int:
     """run a benchmark from a checkout: pipelines (whole models) or fusions (one row per fusion)"""
     parser = argparse.ArgumentParser(
@@ -49,7 +56,7 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.call([sys.executable, "-m", module, *rest], cwd=ROOT)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"demo": demo, "doctor": doctor, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"demo": demo, "doctor": doctor, "cache": cache, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

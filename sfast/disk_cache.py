@@ -8,6 +8,7 @@ foreign counts as not there, and a folder that cannot be written is a line in th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -140,3 +142,23 @@ def _unpack(key: str, content: bytes) -> str | None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `sfast cache`."""
+    parser = argparse.ArgumentParser(
+        prog="sfast cache",
+        description="Where sfast keeps which kernels were fastest on this machine, and how much that is.",
+        epilog="SFAST_CACHE_DIR names another folder; SFAST_CACHE_DIR= (empty) keeps nothing.",
+    )
+    parser.add_argument("--clear", action="store_true", help="remove it: the next first call measures again")
+    options = parser.parse_args(arguments)
+    where = folder()
+    if where is None:
+        print("nothing is kept")
+        return 0
+    if options.clear:
+        clear()
+    sizes = [path.stat().st_size for path in where.rglob("*") if path.is_file()] if where.exists() else []
+    print(f"{where}: {len(sizes)} files, {sum(sizes) / 2**10:.1f} KiB")
+    return 0

@@ -178,6 +178,18 @@ def test_clear(folder: Path) -> None:
     assert disk_cache.get("plans", "a key") is None
 
 
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_cache.put("plans", "a key", VALUE)
+    assert disk_cache.main([]) == 0
+    assert f"{folder}: 1 files, " in capsys.readouterr().out
+    assert disk_cache.main(["--clear"]) == 0
+    assert capsys.readouterr().out == f"{folder}: 0 files, 0.0 KiB\n"
+    assert disk_cache.get("plans", "a key") is None
+    monkeypatch.setenv("SFAST_CACHE_DIR", "")
+    assert disk_cache.main(["--clear"]) == 0
+    assert capsys.readouterr().out == "nothing is kept\n"
+
+
 def test_the_environment_names_what_choices_depend_on() -> None:
     text = disk_cache.environment(torch.device("cpu"))
     assert f"torch {torch.__version__}" in text
