@@ -51,14 +51,8 @@ def _cross_attention(
         query = linear(x, query_weight, query_bias).view(heads).transpose(1, 2)
         return linear(attention(query, key, value, scale).transpose(1, 2).reshape(rows), weight, bias)
     B, T, _ = x.shape
-    one = linear(value.transpose(1, 2).reshape(B, 1, -1), weight, bias)
-    out = one.new_empty(B, T, weight.shape[0])  # not a view: what follows wants to read rows without gaps
-    if weight.shape[0] * out.element_size() % 16 == 0 and one.data_ptr() % 16 == 0 and one.is_contiguous():
-        wide = torch.complex128  # 16 bytes at a time
-        out.view(wide).copy_(one.view(wide).expand(B, T, -1))
-    else:
-        out.copy_(one.expand_as(out))
-    return out
+    one: Tensor = linear(value.transpose(1, 2).reshape(B, 1, -1), weight, bias)
+    return one.expand(B, T, -1)  # a view: who adds it to something reads one row, and everybody else makes a copy
 
 
 def _is_one_key(x: Tensor, key: Tensor, value: Tensor, rows: list[int], weight: Tensor) -> bool:

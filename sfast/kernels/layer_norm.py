@@ -53,10 +53,15 @@ def _launch(
     x: Tensor, residual: Tensor | None, width: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(normalized, sum); without a residual the sum is x itself."""
+    shape, every = x.shape, 1
+    if residual is not None and _is_repeated(residual, width):
+        x, residual = residual, x
+    if residual is not None and _is_repeated(x, width):
+        x, every = x[:, :1], x.shape[1]  # so many rows of the sum read one row of x
     x = x.contiguous()
-    rows = x.numel() // width
-    y = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
+    y = x.new_empty(shape)
+    rows = y.numel() // width
+    total = x if residual is None else x.new_empty(shape)
     flags = (
         (ADD if residual is not None else 0) | (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     )
@@ -71,6 +76,7 @@ def _launch(
         total,
         rows,
         width,
+        every,
         eps,
         flags,
         ROWS=ROWS,
@@ -81,7 +87,12 @@ def _launch(
     return y, total
 
 
-@triton.jit(do_not_specialize=["rows", "flags"])
+def _is_repeated(x: Tensor, width: int) -> bool:
+    """Whether x [B, T, width] is one row for each sample, expanded: what attention to a single token gives."""
+    return x.dim() == 3 and x.shape[2] == width and x.shape[1] > 1 and x.stride(1) == 0
+
+
+@triton.jit(do_not_specialize=["rows", "every", "flags"])
 def _layer_norm_rows(
     x: tl.tensor,
     residual: tl.tensor,
@@ -91,6 +102,7 @@ def _layer_norm_rows(
     total: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
+    every: tl.tensor,
     eps: tl.tensor,
     flags: tl.tensor,
     ROWS: tl.constexpr,
@@ -98,14 +110,16 @@ def _layer_norm_rows(
     OVERLAP: tl.constexpr,
 ) -> None:
     """ROWS rows of `width` elements."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = (row // every).to(tl.int64)
+    row = row.to(tl.int64)
     lane = tl.arange(0, WIDTH)
     live = (lane < width)[None, :]
     mask = (row < rows)[:, None] & live
     offset = row[:, None] * width + lane[None, :]
 
     wait_for_previous_kernel(OVERLAP)
-    v = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
+    v = tl.load(x + source[:, None] * width + lane[None, :], mask=mask, other=0).to(tl.float32)
     if flags & 1 != 0:
         v += tl.load(residual + offset, mask=mask, other=0).to(tl.float32)
         tl.store(total + offset, v.to(total.dtype.element_ty), mask=mask)
@@ -120,7 +134,7 @@ def _layer_norm_rows(
 
 
 def _takes(x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
-    if not triton_takes(x) or x.numel() == 0 or not normalized_shape:
+    if not triton_takes(x) or x.numel() == 0 or not normalized_shape or x.numel() // x.shape[-1] >= 2**31:
         return False
     if list(x.shape[-len(normalized_shape) :]) != list(normalized_shape) or math.prod(normalized_shape) > MAX_WIDTH:
         return False

@@ -69,6 +69,18 @@ def test_views_that_are_not_contiguous(device) -> None:
         assert_close_to_fp64(ops.add_layer_norm(*inputs)[0], add_layer_norm_reference, *inputs, part=0)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_row_for_each_sample_is_not_copied_out(turned, device) -> None:
+    x, row = torch.randn(3, 7, 40, device=device), torch.randn(3, 1, 48, device=device)[..., :40]
+    pair = (row.expand(3, 7, 40), x) if turned else (x, row.expand(3, 7, 40))
+    inputs = (*pair, [40], torch.randn(40, device=device), None, 1e-5)
+    for part, result in enumerate(ops.add_layer_norm(*inputs)):
+        assert_close_to_fp64(result, add_layer_norm_reference, *inputs, part=part)
+        assert result.is_contiguous()
+    both = (pair[0], row.expand(3, 7, 40), *inputs[2:])
+    assert_close_to_fp64(ops.add_layer_norm(*both)[1], add_layer_norm_reference, *both, part=1)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)], ids=str)
 def test_empty(shape, device) -> None:
     assert ops.layer_norm(torch.randn(shape, device=device), [8], None, None, 1e-5).shape == shape
