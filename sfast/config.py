@@ -32,7 +32,7 @@ class CompilationConfig:
         enable_cnn_optimization: fuse convolutions with bias, residual and activation; let cuDNN choose by measuring.
         enable_fused_linear_geglu: fuse linear layers with the GELU, SiLU or GEGLU that follows.
         enable_fused_linears: compute linear layers, with a residual that follows, by the native operators' fastest algorithm.
-        enable_triton: use Triton kernels for normalizations and activations.
+        enable_triton: use Triton kernels for normalizations, activations and the blending of video frames.
         enable_memory_kernels: use Triton kernels for what only moves memory: nearest upsampling, concatenation of channels.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
         enable_fused_attention: choose the kernel of each attention by measuring, from PyTorch's, Triton's and native ones.
