@@ -25,7 +25,9 @@ from sfast.kernels import (
     geglu,
     group_norm,
     layer_norm,
+    linear,
     linear_activation,
+    pad_conv2d,
     transpose_layer_norm,
     upsample,
 )
@@ -107,6 +109,32 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("layer_norm", f"{L}x{C}", ops.layer_norm, layer_norm.layer_norm_reference, rows, 2 * L * C, 0)
         reference = layer_norm.add_layer_norm_reference
         yield Case("add_layer_norm", f"{L}x{C}", ops.add_layer_norm, reference, summed, 4 * L * C, 0)
+
+    for L, K, D in [(8192, 320, 320), (8192, 1280, 320), (2048, 640, 640), (2048, 5120, 1280), (8192, 2560, 640)]:
+
+        def block(L: int = L, K: int = K, D: int = D) -> tuple:
+            return randn(L, K), randn(D, K, std=K**-0.5), randn(D), randn(L, D)
+
+        moved, flops, shape = L * K + D * K + 2 * L * D, 2 * L * K * D, f"{L}x{K}->{D}"
+        yield Case("linear_add", shape, ops.linear_add, linear.linear_add_reference, block, moved, flops)
+
+        def layer(L: int = L, K: int = K, D: int = D) -> tuple:
+            return randn(L, K), randn(D, K, std=K**-0.5), randn(D)
+
+        yield Case("linear", shape, ops.linear, linear.linear_reference, layer, moved - L * D, flops)
+
+    for C, H in [(128, 512), (256, 256), (512, 128)]:
+
+        def halved(C: int = C, H: int = H) -> tuple:
+            weight = randn(C, C, 3, 3, std=(9 * C) ** -0.5)
+            return randn(1, C, H, H), [0, 1, 0, 1], weight, randn(C), [2, 2], [1, 1], 1
+
+        reference, moved, flops = (
+            pad_conv2d.pad_conv2d_reference,
+            C * H * H * 5 // 4 + 9 * C * C,
+            C * C * 9 * H * H // 2,
+        )
+        yield Case("pad_conv2d", f"1x{C}x{H}x{H} 3x3/2", ops.pad_conv2d, reference, halved, moved, flops)
 
     for N, C, H, W in [(2, 640, 32, 32), (2, 1280, 16, 16), (2, 640, 64, 64), (1, 512, 128, 128), (1, 256, 512, 512)]:
 

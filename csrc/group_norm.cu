@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <mutex>
 #include <numeric>
 
@@ -18,14 +20,15 @@
 namespace sfast {
 namespace {
 
-constexpr int kVector = 8;        // elements, 16 bytes
-constexpr int kInFlight = 8;      // vectors that a thread loads before it uses the first
-constexpr int kThreads = 512;     // of a block
-constexpr int kMostCluster = 8;   // blocks; what every GPU with clusters can do
-constexpr int kMostSpan = 256;    // channels
-constexpr int kMostGroup = 128;   // channels: four for each lane of a warp
-constexpr int kFewestRows = 32;   // of a block: fewer are not worth the traffic within a cluster
-constexpr int kFixed = 20 << 10;  // bytes: what the kernel's other arrays take in shared memory, and a little more
+constexpr int kVector = 8;                         // elements, 16 bytes
+constexpr int kInFlight = 8;                       // vectors that a thread loads before it uses the first
+constexpr int kThreads = 384;                      // of a block
+constexpr int kMostCluster = 8;                    // blocks; what every GPU with clusters can do
+constexpr int kMostSpan = 256;                     // channels
+constexpr int kColumns = kMostSpan / kVector + 1;  // of the tables below, which have a row for each place in a vector
+constexpr int kMostGroup = 128;                    // channels: four for each lane of a warp
+constexpr int kFairShare = 48 << 10;  // bytes of x for a block: with less, telling the others takes longer than loading
+constexpr int kFixed = 20 << 10;      // bytes: what the kernel's other arrays take in shared memory, and a little more
 
 struct Layout {
   int span, cluster, rows, rounds;  // channels and blocks of a cluster; rows of a block; vectors of a thread
@@ -105,12 +108,13 @@ __device__ void wait_for_cluster() {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
-  extern __shared__ uint4 kept[];                              // [rounds, kThreads]: each thread's own vectors
-  __shared__ float2 sums[kThreads * kVector / 4 + kMostSpan];  // of x - pilot and of its square: [quarter, span]
-  __shared__ float2 moments[kMostCluster][kMostSpan / 4];      // mean and M2 of each block's share of each group
-  __shared__ float2 table[kMostSpan];                          // scale and offset of each channel
-  __shared__ float pilots[kMostSpan];
+__global__ void __launch_bounds__(kThreads, 2) group_norm(Arguments a) {
+  extern __shared__ uint4 kept[];  // [rounds, kThreads]: each thread's own vectors
+  __shared__ float2 sums[kThreads * kVector / 4 + kMostSpan + kVector];  // of x - pilot and of its square, by lines
+  __shared__ float2 moments[kMostCluster][kMostSpan / 4];  // mean and M2 of each block's share of each group
+  __shared__ float2 table[kVector * kColumns];             // scale and center of each channel
+  __shared__ float offsets[kVector * kColumns];
+  __shared__ float pilots[kMostSpan], shifts[kMostSpan];
 
   const int thread = threadIdx.x;
   const int vectors = a.span / kVector, lines = kThreads / vectors;  // of a row; rows of a round
@@ -127,6 +131,14 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
   arrive_at_cluster();  // here I am: from the wait below on, others may write to my memory
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+
+  float shift = 0, weight = 1, bias = 0;  // of this thread's channel; on their way while x is loaded
+  if (thread < a.span) {
+    const int channel = first_channel + thread;
+    if (a.shift) shift = static_cast<float>(static_cast<const T*>(a.shift)[n * a.shift_stride + channel]);
+    if (a.weight) weight = static_cast<float>(static_cast<const T*>(a.weight)[channel]);
+    if (a.bias) bias = static_cast<float>(static_cast<const T*>(a.bias)[channel]);
+  }
 
   float s1[kVector] = {}, s2[kVector] = {}, pilot[kVector];
   if (works) {
@@ -160,13 +172,15 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
     }
   }
 
+  if (thread < a.span) shifts[thread] = shift;
+
   // Sums of a channel: over the lines, a quarter of them at a time, which is what `sums` has room for.
-  const int quarter = (lines + 3) / 4;
+  const int quarter = (lines + 3) / 4, plane = quarter * vectors | 1;
   for (int part = 3; part >= 0; --part) {
     if (works && line / quarter == part) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        float2& place = sums[(line - part * quarter) * a.span + column * kVector + j];
+        float2& place = sums[j * plane + thread - part * quarter * vectors];  // neighbours side by side: no conflicts
         const bool is_first = line + quarter >= lines;
         place = is_first ? make_float2(s1[j], s2[j]) : make_float2(place.x + s1[j], place.y + s2[j]);
       }
@@ -186,11 +200,10 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
       if (c >= a.per_group) break;
       float2 sum = make_float2(0, 0);
       for (int l = 0; l < quarter; ++l) {
-        sum.x += sums[l * a.span + channel].x, sum.y += sums[l * a.span + channel].y;
+        const float2 of_line = sums[channel % kVector * plane + l * vectors + channel / kVector];
+        sum.x += of_line.x, sum.y += of_line.y;
       }
-      const T* shift = static_cast<const T*>(a.shift);
-      const float s = shift ? static_cast<float>(shift[n * a.shift_stride + first_channel + channel]) : 0.0f;
-      mean[i] = pilots[channel] + s + sum.x / count;
+      mean[i] = pilots[channel] + shifts[channel] + sum.x / count;
       m2 += sum.y - sum.x * sum.x / count;
       total += mean[i];
     }
@@ -207,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
   wait_for_cluster();
 
   if (thread < a.span) {
-    const int group = thread / a.per_group, channel = first_channel + thread;
+    const int group = thread / a.per_group;
     const float pilot_mean = moments[0][group].x;
     float excess = 0;
     for (int b = 0; b < blocks; ++b) {
@@ -219,13 +232,10 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
       const float gap = moments[b][group].x - center;
       m2 += moments[b][group].y + gap * gap * min(a.block_rows, a.rows - b * a.block_rows) * a.per_group;
     }
-    const T *shift = static_cast<const T*>(a.shift), *weight = static_cast<const T*>(a.weight),
-            *bias = static_cast<const T*>(a.bias);
-    const float s = shift ? static_cast<float>(shift[n * a.shift_stride + channel]) : 0.0f;
-    const float scale = rsqrtf(m2 / (static_cast<float>(a.rows) * a.per_group) + a.eps) *
-                        (weight ? static_cast<float>(weight[channel]) : 1.0f);
-    table[thread] = make_float2(scale, center - s);
-    pilots[thread] = bias ? static_cast<float>(bias[channel]) : 0.0f;
+    const float scale = rsqrtf(m2 / (static_cast<float>(a.rows) * a.per_group) + a.eps) * weight;
+    const int place = thread % kVector * kColumns + thread / kVector;
+    table[place] = make_float2(scale, center - shift);
+    offsets[place] = bias;
   }
   __syncthreads();
   if (!works) return;
@@ -233,8 +243,8 @@ __global__ void __launch_bounds__(kThreads) group_norm(Arguments a) {
   float scale[kVector], center[kVector], offset[kVector];
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const float2 entry = table[column * kVector + j];
-    scale[j] = entry.x, center[j] = entry.y, offset[j] = pilots[column * kVector + j];
+    const float2 entry = table[j * kColumns + column];
+    scale[j] = entry.x, center[j] = entry.y, offset[j] = offsets[j * kColumns + column];
   }
   for (int row = line, round = 0; row < rows; row += lines, ++round) {
     float values[kVector];
@@ -273,46 +283,79 @@ const Gpu& gpu(int device) {
   return it;
 }
 
-// The smallest span of whole groups and whole vectors, and the smallest cluster that holds it and fills the GPU.
+template <typename T>
+void allow_shared(int device) {
+  static std::once_flag once[64];
+  std::call_once(once[std::clamp(device, 0, 63)], [&] {
+    const int most = gpu(device).most_shared - kFixed;
+    CUDA_CHECK(cudaFuncSetAttribute(group_norm<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  });
+}
+
+// How a cluster is launched; the kernel may come onto the GPU while the one before it still runs, and waits there.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2];
+
+  Launch(dim3 blocks, int cluster, size_t shared, cudaStream_t stream) {
+    config.gridDim = blocks;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  Launch(const Launch&) = delete;
+};
+
+// How many clusters run at once. Clusters do not cross the borders between parts of a GPU, so this is not just the
+// number of multiprocessors divided by theirs.
+int clusters_at_once(int device, int cluster, size_t shared) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 3>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace({device, cluster, static_cast<int64_t>(shared)}, 0);
+  if (is_new) {
+    allow_shared<__half>(device);
+    const Launch launch(dim3(cluster), cluster, shared, nullptr);
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&found->second, group_norm<__half>, &launch.config));
+  }
+  return found->second;
+}
+
+// The smallest span of whole groups and whole vectors, and the smallest cluster whose blocks have a fair share, or else
+// the largest. All clusters run at once: a second wave would load only when the first has stored, and then three
+// launches at full bandwidth are faster.
 bool lay_out(const GroupNormProblem& p, const Gpu& on, Layout* layout) {
   const int64_t per_group = p.channels / p.groups, span = std::lcm(per_group, static_cast<int64_t>(kVector));
   if (per_group > kMostGroup || span > kMostSpan || p.channels % span != 0 || span / per_group > kMostSpan / 4)
     return false;
   const int64_t clusters = p.channels / span * p.n, lines = kThreads / (span / kVector);
-  for (int64_t cluster = 1; cluster <= kMostCluster; cluster *= 2) {
+  bool found = false;
+  for (int64_t cluster = 1; cluster <= kMostCluster && cluster <= p.rows; cluster *= 2) {
     const int64_t rows = divide_up(p.rows, cluster), rounds = divide_up(rows, lines);
     const int64_t shared = rounds * kThreads * kVector * 2;
-    const bool small = rows <= kFewestRows || clusters * cluster > on.multiprocessors / 2;
-    if (shared + kFixed > on.most_shared || (!small && cluster < kMostCluster)) continue;
+    if ((cluster - 1) * rows >= p.rows) break;  // nothing left for the last block
+    if (shared + kFixed > on.most_shared || clusters * cluster > 2 * on.multiprocessors) continue;
+    if (clusters > clusters_at_once(p.device, cluster, shared)) continue;
     *layout = {static_cast<int>(span), static_cast<int>(cluster), static_cast<int>(rows), static_cast<int>(rounds),
                static_cast<size_t>(shared)};
-    // One block runs on a multiprocessor at a time, and a second wave would load only when the first has stored: then
-    // three launches at full bandwidth are faster.
-    return clusters * cluster <= on.multiprocessors;
+    found = true;
+    if (rows * span * 2 <= kFairShare) break;
   }
-  return false;
+  return found;
 }
 
 template <typename T>
 void launch(const Layout& layout, const GroupNormProblem& p, const Arguments& arguments, cudaStream_t stream) {
-  static std::once_flag once[64];
-  std::call_once(once[std::clamp(p.device, 0, 63)], [&] {
-    const int most = gpu(p.device).most_shared - kFixed;
-    CUDA_CHECK(cudaFuncSetAttribute(group_norm<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  });
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.channels / layout.span * layout.cluster, p.n);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = layout.shared;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(layout.cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, group_norm<T>, arguments));
+  allow_shared<T>(p.device);
+  const dim3 blocks(p.channels / layout.span * layout.cluster, p.n);
+  const Launch launch(blocks, layout.cluster, layout.shared, stream);
+  CUDA_CHECK(cudaLaunchKernelEx(&launch.config, group_norm<T>, arguments));
 }
 
 }  // namespace
