@@ -14,11 +14,9 @@ from torch import Tensor
 
 from sfast.kernels import choice
 from sfast.kernels.attention_triton import (
-    attend_tiny,
     attend_to_few_keys,
     attend_wide,
     takes_few_keys,
-    takes_tiny,
     takes_wide,
 )
 from sfast.kernels.native_ops import HALF, native_is_available
@@ -68,10 +66,8 @@ def _attend_to_one_key(query: Tensor, value: Tensor) -> Tensor:
 def _ways(query: Tensor, key: Tensor, value: Tensor) -> dict[str, choice.Way]:
     """Everything that may be fastest here, PyTorch's own choice first."""
     ways: dict[str, choice.Way] = {"torch": attention_reference}
-    if takes_tiny(query, key, value):
-        ways["triton_tiny"] = attend_tiny
-    elif takes_few_keys(query, key, value):
-        ways["triton_few_keys"] = attend_to_few_keys
+    if takes_few_keys(query, key, value):
+        ways["few keys"] = attend_to_few_keys
     if takes_wide(query, key, value):
         ways["wide"] = attend_wide
     if query.is_cuda and query.dtype in HALF and torch.version.hip is None and value.shape[3] == query.shape[3]:

@@ -1,4 +1,4 @@
-"""Triton kernels for the attentions that general kernels are slow at: few keys, tiny sequences, heads that are too wide.
+"""Triton kernels for the attentions that general kernels are slow at: to few keys, and of heads that are too wide.
 
 Each reads its operands once, through whatever strides they have (in units of UNIT elements, so that the compiler knows how
 wide a load may be), and keeps scores in fp32. Exponentials are base 2, for which GPUs have an instruction; `scale` arrives
@@ -79,66 +79,6 @@ def few_keys(
         result = tl.dot(more_weights.to(v.dtype), more_v, result, input_precision="ieee")
     result = result / total[:, None]
     places = ((batch * T + rows)[:, None] * H + head) * D + columns[None, :]
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=mine)
-
-
-@triton.jit(do_not_specialize=["pairs", "H", "T", "N"])
-def tiny(
-    query: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    out: tl.tensor,
-    pairs: tl.tensor,
-    H: tl.tensor,
-    T: tl.tensor,
-    N: tl.tensor,
-    q_batch: tl.tensor,
-    q_head: tl.tensor,
-    q_token: tl.tensor,
-    k_batch: tl.tensor,
-    k_head: tl.tensor,
-    k_token: tl.tensor,
-    v_batch: tl.tensor,
-    v_head: tl.tensor,
-    v_token: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """ROWS // PAD (batch, head) pairs of T, N <= PAD tokens each, stacked: one product whose diagonal blocks count.
-
-    The blocks beside the diagonal are computed in vain, which is free: reading and writing takes longer. HEAD is D,
-    rounded up. out is [B, T, H, D], dense.
-    """
-    stacked = tl.arange(0, ROWS)
-    token = stacked % PAD
-    pair = tl.program_id(0) * (ROWS // PAD) + stacked // PAD
-    batch, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
-    columns = tl.arange(0, HEAD)
-    mine = ((pair < pairs) & (token < T))[:, None] & (columns < D)[None, :]  # [ROWS, HEAD]
-    there = ((pair < pairs) & (token < N))[:, None] & (columns < D)[None, :]
-    q = query + (batch * q_batch + head * q_head + token * q_token)[:, None] * UNIT + columns[None, :]
-    k = key + (batch * k_batch + head * k_head + token * k_token)[:, None] * UNIT + columns[None, :]
-    v = value + (batch * v_batch + head * v_head + token * v_token)[:, None] * UNIT + columns[None, :]
-    wait_for_previous_kernel(OVERLAP)
-
-    q = tl.load(q, mask=mine, other=0)
-    k = tl.load(k, mask=there, other=0)
-    v = tl.load(v, mask=there, other=0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, ROWS]
-    own = (stacked // PAD)[:, None] == (stacked // PAD)[None, :]
-    scores = tl.where(own & (token < N)[None, :], scores, float("-inf"))
-    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    # 0 * NaN is NaN: values that are not finite stay out of the product, and spoil their own pair afterwards.
-    finite = tl.abs(v.to(tl.float32)) < float("inf")
-    result = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0).to(v.dtype), input_precision="ieee")
-    spoilt = tl.max(tl.where(own, tl.max(tl.where(finite, 0, 1), 1)[None, :], 0), 1)  # [ROWS]
-    result = tl.where(spoilt[:, None] > 0, float("nan"), result / tl.sum(weights, 1)[:, None])
-    places = ((batch * T + token) * H + head)[:, None] * D + columns[None, :]
     tl.store(out + places, result.to(out.dtype.element_ty), mask=mine)
 
 

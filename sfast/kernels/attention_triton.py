@@ -12,12 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from sfast.kernels.attention_kernels import exponentials, few_keys, tiny
+from sfast.kernels.attention_kernels import exponentials, few_keys
 from sfast.kernels.overlap import launch_options
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 LOG2_E = 1 / math.log(2)
-TINY = 32  # tokens at most
 FEW = 256  # keys at most
 KEY_BYTES = 64 << 10  # of all keys of one head, rounded up; values take as much, and queries
 WIDE = 256  # head sizes above it have no fast kernel in PyTorch
@@ -35,13 +34,20 @@ def takes_few_keys(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend_to_few_keys(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Cross-attention to a prompt: every program keeps all keys, so that no loop and no rescaling is left."""
+    """Cross-attention to a prompt, and self-attention of a video's frames: a program keeps all keys, and loops over nothing.
+
+    For the frames, which are few, there are very many programs: one warp each is enough, and runs at the speed of memory.
+    """
     B, H, T, D = query.shape
     N = key.shape[2]
     out = query.new_empty(B, T, H, D)
     first, rest = _two_tiles(N)
     head = max(16, triton.next_power_of_2(D))
-    rows, warps = (128, 8) if head == 128 else (64, 4)
+    if T <= 32:
+        rows = 16 if T <= 16 else 32
+        warps = max(1, min(4, head * max(rows, first) // 4096))
+    else:
+        rows, warps = (128, 8) if head == 128 else (64, 4)
     unit, strides = _strides(query, key, value)
     few_keys[triton.cdiv(T, rows) * B * H,](
         *(query, key, value, out),
@@ -51,31 +57,6 @@ def attend_to_few_keys(query: Tensor, key: Tensor, value: Tensor, scale: float |
         *(D, head, rows, first, rest, unit),
         **launch_options(query.device),
         num_warps=warps,
-    )
-    return out.transpose(1, 2)
-
-
-def takes_tiny(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend_tiny` can run: at most 32 tokens on both sides, heads of at most 256."""
-    return _takes(query, key, value) and max(query.shape[2], key.shape[2]) <= TINY and query.shape[3] <= 256
-
-
-def attend_tiny(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Self-attention of a video's frames, for each place in the picture: so many pairs that each program takes several."""
-    B, H, T, D = query.shape
-    N = key.shape[2]
-    out = query.new_empty(B, T, H, D)
-    pad, head = (max(16, triton.next_power_of_2(size)) for size in (max(T, N), D))
-    rows = 64 if head <= 64 else 32  # more would not fit into registers
-    unit, strides = _strides(query, key, value)
-    tiny[triton.cdiv(B * H, rows // pad),](
-        *(query, key, value, out),
-        *(B * H, H, T, N),
-        *strides,
-        _scale(query, scale) * LOG2_E,
-        *(D, head, pad, rows, unit),
-        **launch_options(query.device),
-        num_warps=4,
     )
     return out.transpose(1, 2)
 
