@@ -127,7 +127,7 @@ def _define_conv2d(name: str, reference: Callable[..., Tensor], activation: str)
     def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         residual, geometry = (rest[0], rest[1:]) if adds else (None, rest)
         if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *geometry):
-            return conv2d_few.convolve(x, weight, bias, *geometry[:2])
+            return torch.ops.sfast.conv2d_few(x, weight, bias, *geometry)
         return torch.ops.sfast_native.conv2d(x, weight, bias, residual, *geometry, activation)
 
     define(

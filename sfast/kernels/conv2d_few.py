@@ -12,8 +12,10 @@ from the left and the right neighbour is brought there by shifting the products,
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
@@ -22,6 +24,19 @@ MOST_TAPS = 128  # elements of a patch
 PIXELS, FILTERS = 128, 64  # of a few_in tile
 STRIP = 64  # pixels across that a few_out program reads, of which the two outermost are margin
 MOST_CHANNELS = 128  # of x in few_out: all taps stay in shared memory
+
+
+def conv2d_few_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """conv2d(x, weight) + bias: x [N, C, H, W], weight [K, C, R, S], bias [K] -> [N, K, P, Q]."""
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def takes(
@@ -33,13 +48,20 @@ def takes(
     dilation: list[int],
     groups: int,
 ) -> bool:
-    """Whether `convolve` can compute conv2d of these, and faster than others do."""
+    """Whether one of the kernels can compute these, and faster than others do."""
     operands = x, weight, bias, stride, padding, dilation, groups
     return few_in_takes(*operands) or few_out_takes(*operands)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
-    """conv2d of x and weight, which `takes` has seen -> [N, K, P, Q], channels-last."""
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
     return few_in(x, weight, bias, stride, padding) if x.shape[1] <= FEW else few_out(x, weight, bias)
 
 
@@ -60,6 +82,7 @@ def few_in_takes(
         and C * R * S <= MOST_TAPS
         and K >= 16
         and dilation == [1, 1]
+        and sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) < 2**31
         and weight.is_contiguous(memory_format=torch.channels_last)
         and _takes(x, weight, bias, groups)
     )
@@ -275,3 +298,12 @@ def _few_out(
         own = tl.where((h > top) & (h <= H), W, 0)  # the rows above and below belong to other programs
         to = out + ((n * H + h - 1) * W + w[:, None]) * K + k[None, :]
         tl.store(to, (sums + b[None, :]).to(out.dtype.element_ty), mask=complete & (w < own)[:, None])
+
+
+define(
+    "conv2d_few(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    reference=conv2d_few_reference,
+    supports=takes,
+    launch=_convolve,
+    fake=conv2d_few_reference,
+)

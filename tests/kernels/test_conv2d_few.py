@@ -86,3 +86,17 @@ def test_what_is_refused(device) -> None:
     assert not conv2d_few.few_out_takes(x, weight, bias, one, [0, 0], one, 1)
     x, weight, bias = make((1, 130, 9, 11), 4, (3, 3), device, torch.float16)
     assert not conv2d_few.few_out_takes(x, weight, bias, one, one, one, 1)
+
+
+def test_the_fused_convolution_comes_here(device, monkeypatch) -> None:
+    called = []
+    for name in ("few_in", "few_out"):
+        kernel = getattr(conv2d_few, name)
+        monkeypatch.setattr(
+            conv2d_few, name, lambda *args, kernel=kernel, name=name: called.append(name) or kernel(*args)
+        )
+    one = [1, 1]
+    for shape, K in [((1, 4, 9, 11), 24), ((1, 32, 9, 11), 3)]:
+        inputs = (*make(shape, K, (3, 3), device, torch.float16), one, one, one, 1)
+        assert_close_to_fp64(torch.ops.sfast.conv2d_bias(*inputs), conv2d_few.conv2d_few_reference, *inputs)
+    assert called == ["few_in", "few_out"]
