@@ -340,7 +340,7 @@ bool lay_out(const GroupNormProblem& p, const Gpu& on, Layout* layout) {
     const int64_t rows = divide_up(p.rows, cluster), rounds = divide_up(rows, lines);
     const int64_t shared = rounds * kThreads * kVector * 2;
     if ((cluster - 1) * rows >= p.rows) break;  // nothing left for the last block
-    if (shared + kFixed > on.most_shared || clusters * cluster > 2 * on.multiprocessors) continue;
+    if (shared + kFixed > on.most_shared || clusters * cluster > on.multiprocessors) continue;
     if (clusters > clusters_at_once(p.device, cluster, shared)) continue;
     *layout = {static_cast<int>(span), static_cast<int>(cluster), static_cast<int>(rows), static_cast<int>(rounds),
                static_cast<size_t>(shared)};

@@ -11,9 +11,9 @@ idle. Here the work is cut without regard to groups, into tiles that lie in memo
    the L2 cache still holds.
 
 The shift moves a channel's mean and nothing else, so it costs no pass of its own. Where a group is small, one program keeps
-it in registers and a single launch does everything. Where the GPU has clusters and the native library has our kernel
-(csrc/group_norm.cu), the same holds for all but the largest groups: a cluster keeps them in its shared memory. Arithmetic
-is fp32 throughout and rounded once, when y is stored.
+it in registers and a single launch does everything. Where it is too large for that, but not for the shared memory of a
+cluster, our native kernel does the same (csrc/group_norm.cu), on GPUs with clusters. Arithmetic is fp32 throughout and
+rounded once, when y is stored.
 
 The formula for merging: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 """
@@ -78,11 +78,14 @@ def _launch(
 ) -> Tensor:
     N, C = x.shape[:2]
     x, view = _view(x, 1 if shift is None else shift.shape[2:].numel())
-    if view.frames == 1 and view.channel_stride == 1:
-        rows = x.movedim(1, -1).reshape(N, -1, C)
+    T, S = view.frames, x.shape[2:].numel() // view.frames
+    PER_GROUP = C // G
+    ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(PER_GROUP)
+    whole = T == 1 and ROWS * CHANNELS <= IN_REGISTERS
+    if not whole and T == 1 and view.channel_stride == 1:
+        rows = x.movedim(1, -1).reshape(N, S, C)
         if native_group_norm_takes(rows, G):
             return _in_clusters(rows, shift, G, weight, bias, eps, flags).view(N, *x.shape[2:], C).movedim(-1, 1)
-    T, S = view.frames, x.shape[2:].numel() // view.frames
     y = torch.empty_like(x)
     flags |= (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     weight = x if weight is None else weight.contiguous()
@@ -90,9 +93,7 @@ def _launch(
     shift, shift_stride = _rows(x, None if shift is None else shift.flatten(2).expand(N, C, T).transpose(1, 2))
     options = launch_options(x.device)
 
-    PER_GROUP = C // G
-    ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(PER_GROUP)
-    if T == 1 and ROWS * CHANNELS <= IN_REGISTERS:
+    if whole:
         shape = {"PER_GROUP": PER_GROUP, "ROWS": ROWS, "CHANNELS": CHANNELS}
         warps = max(1, min(16, ROWS * CHANNELS // 512))
         strides = view.row_stride, view.channel_stride, shift_stride

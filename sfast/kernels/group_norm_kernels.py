@@ -12,6 +12,13 @@ from sfast.kernels.triton_or_none import tl, triton
 SILU, SHIFT, WEIGHT, BIAS = 1, 2, 4, 8  # bits of `flags`; a run-time value, so that all variants share one compilation
 
 
+@triton.jit
+def silu(v: tl.tensor) -> tl.tensor:
+    """v / (1 + exp(-v)), by a reciprocal square root: an instruction, where a division is six."""
+    root = tl.rsqrt(1 + tl.exp(-v))
+    return v * root * root
+
+
 @triton.jit(do_not_specialize=["S", "shift_stride", "flags"])
 def whole_group(
     x: tl.tensor,
@@ -50,7 +57,7 @@ def whole_group(
     variance = tl.sum(tl.where(mask, v * v, 0)) / count
     v = v * (w * tl.rsqrt(variance + eps))[None, :] + b[None, :]
     if flags & 1 != 0:
-        v = v * tl.sigmoid(v)
+        v = silu(v)
     tl.store(y + n * S * C + offset, v.to(y.dtype.element_ty), mask=mask)
 
 
@@ -206,11 +213,15 @@ def apply(
 
     start = n * T * S * C + frame.to(tl.int64) * frame_stride + begin.to(tl.int64) * row_stride
     offset = row[:, None] * row_stride + channel[None, :] * channel_stride
-    for done in range(0, tl.minimum(rows, S - begin), ROWS):
-        mask = (row < S - begin - done)[:, None] & live[None, :]
-        v = tl.load(x + start + offset, mask=mask, other=0).to(tl.float32)
+    left = tl.minimum(rows, S - begin)
+    ahead = tl.load(x + start + offset, mask=(row < left)[:, None] & live[None, :], other=0)
+    for done in range(0, left, ROWS):  # the next tile is on its way while this one is computed
+        v = ahead.to(tl.float32)
+        mask = (row < left - done - ROWS)[:, None] & live[None, :]
+        ahead = tl.load(x + start + ROWS * row_stride + offset, mask=mask, other=0)
         v = (v - center) * scale + b
         if flags & 1 != 0:
-            v = v * tl.sigmoid(v)
+            v = silu(v)
+        mask = (row < left - done)[:, None] & live[None, :]
         tl.store(y + start + offset, v.to(y.dtype.element_ty), mask=mask)
         start += ROWS * row_stride

@@ -230,7 +230,8 @@ CLUSTERS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "groups"), CLUSTERS, ids=str)
-def test_groups_kept_by_clusters(shape, groups, dtype) -> None:
+def test_groups_kept_by_clusters(shape, groups, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(group_norm, "IN_REGISTERS", 0)
     device = torch.device("cuda", 0)
     for mean, std in [(0.5, 1.0), (60.0, 0.5)]:
         x, weight, bias = make(shape, dtype, device, True, mean=mean, std=std)
@@ -246,7 +247,7 @@ def test_groups_kept_by_clusters(shape, groups, dtype) -> None:
             shifted = (x, shift, *inputs[1:])
             result = ops.add_group_norm_silu(*shifted)
             assert_close_to_fp64(result, add_group_norm_silu_reference, *shifted)
-            assert result.stride() == x.stride()
+            assert result.movedim(1, -1).is_contiguous()
     x[0, 0, ..., 0] = float("nan")
     spoilt = torch.zeros_like(x, dtype=torch.bool)
     spoilt[0, : shape[1] // groups] = True
