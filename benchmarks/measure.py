@@ -147,11 +147,11 @@ def measure(model: Model, variant: str, settings: Settings, path: Path, eager_er
         if on_gpu:
             row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
             row["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            budget = profile_step(step, steps=3 if model.pipeline is None else 1)
-            row["nodes"] = round(budget.nodes)
-            row["kernel_ms"] = budget.kernel_ms
-            if settings.profile:
-                row["profile"] = budget.table()
+            if settings.profile or variant != "eager":  # whose nodes are no graph's
+                budget = profile_step(step, steps=3 if settings.profile and model.pipeline is None else 1)
+                row["nodes"] = round(budget.nodes)
+                row["kernel_ms"] = budget.kernel_ms
+                row["profile"] = budget.table() if settings.profile else ""
             row["gpu"] = torch.cuda.get_device_name()
     if variant.startswith("sfast"):
         row["report"] = _reports(model, target)

@@ -1,8 +1,8 @@
 """Draws the latest run of results.csv: `python -m benchmarks.plot`.
 
 For each model one group of bars, a step's time relative to the slowest, which is eager where that was measured (so that
-a 5 ms UNet and a 180 ms transformer share one picture), with the milliseconds written on the bars; beside it the seconds until the first result. Rows whose output
-was wrong have no time and no bar.
+a 5 ms UNet and a 180 ms transformer share one picture), with the milliseconds written on the bars; below it the seconds
+until the first result. Rows whose output was wrong have no time and no bar.
 """
 
 from __future__ import annotations
