@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sfast.kernels import geglu, group_norm_kernels, layer_norm
+from sfast.kernels import attention_kernels, geglu, group_norm_kernels, layer_norm
 from sfast.kernels.triton_or_none import INTERPRETED, MISSING
 
 pytestmark = pytest.mark.skipif(INTERPRETED or MISSING is not None, reason="needs Triton's compiler")
@@ -88,6 +88,21 @@ def test_layer_norm() -> None:
 def test_gate_of_geglu() -> None:
     sizes = {"rows": 8192, "width": 1280, "approximate": 0, "ROWS": 4, "COLUMNS": 256, "OVERLAP": True}
     assert widths(ptx(geglu._gate, 4, product=HALF, y=HALF, **sizes)) == {16}
+
+
+@pytest.mark.parametrize(("size", "head"), [(40, 64), (64, 64), (160, 256)])
+def test_attention_to_few_keys(size, head) -> None:
+    pointers = dict.fromkeys(["query", "key", "value", "out"], HALF)
+    strides = {f"{operand}_{axis}": 5 * n for operand in "qkv" for n, axis in enumerate(("head", "token", "batch"), 1)}
+    shape = {"H": 8, "T": 4096, "N": 77, "scale": 0.1, "D": size, "HEAD": head}
+    tiles = {"ROWS": 64, "FIRST": 64, "REST": 16, "UNIT": 8, "OVERLAP": True}
+    assert widths(ptx(attention_kernels.few_keys, 4, **pointers, **strides, **shape, **tiles)) == {16}
+
+
+def test_exponentials_of_attention() -> None:
+    pointers = {"scores": FLOAT, "weights": HALF, "totals": FLOAT}
+    sizes = {"N": 16384, "scale": 0.1, "BLOCK": 16384, "WHOLE": True, "OVERLAP": True}
+    assert widths(ptx(attention_kernels.exponentials, 16, **pointers, **sizes)) == {16, 4}  # 4: one total for each row
 
 
 def test_a_stride_that_says_nothing_is_noticed() -> None:
