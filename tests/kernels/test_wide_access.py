@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sfast.kernels import attention_kernels, geglu, group_norm_kernels, layer_norm
+from sfast.kernels import attention_kernels, cat_channels, geglu, group_norm_kernels, layer_norm, upsample
 from sfast.kernels.triton_or_none import INTERPRETED, MISSING
 
 pytestmark = pytest.mark.skipif(INTERPRETED or MISSING is not None, reason="needs Triton's compiler")
@@ -81,7 +81,7 @@ def test_whole_groups_of_group_norm(per_group, width) -> None:
 
 def test_layer_norm() -> None:
     pointers = dict.fromkeys(["x", "residual", "weight", "bias", "y", "total"], HALF)
-    sizes = {"rows": 8192, "width": C, "eps": 1e-5, "flags": 7, "ROWS": 8, "WIDTH": 512, "OVERLAP": True}
+    sizes = {"rows": 8192, "every": 4, "width": C, "eps": 1e-5, "flags": 7, "ROWS": 8, "WIDTH": 512, "OVERLAP": True}
     assert widths(ptx(layer_norm._layer_norm_rows, 4, **pointers, **sizes)) == {16, 8}  # 8: weight and bias
 
 
@@ -103,6 +103,21 @@ def test_exponentials_of_attention() -> None:
     pointers = {"scores": FLOAT, "weights": HALF, "totals": FLOAT}
     sizes = {"N": 16384, "scale": 0.1, "BLOCK": 16384, "WHOLE": True, "OVERLAP": True}
     assert widths(ptx(attention_kernels.exponentials, 16, **pointers, **sizes)) == {16, 4}  # 4: one total for each row
+
+
+def test_upsampling() -> None:
+    strides = {f"x_{name}": value for name, value in zip(("sample", "row", "pixel"), (S * C, 64 * C, C), strict=True)}
+    strides |= {
+        f"y_{name}": value for name, value in zip(("sample", "row", "pixel"), (4 * S * C, 128 * C, C), strict=True)
+    }
+    sizes = {"C": C, "H": 64, "W": 64, "Q": 128, "x_channel": 1, "y_channel": 1, "row_step": 0.5, "pixel_step": 0.5}
+    tile = {"PIXELS": 32, "CHANNELS": 128, "OVERLAP": True}
+    assert widths(ptx(upsample._upsample_tiles, 4, x=HALF, y=HALF, **strides, **sizes, **tile)) == {16}
+
+
+def test_concatenation() -> None:
+    tile = {"ROWS": 32, "CHANNELS": 64, "OVERLAP": True}
+    assert widths(ptx(cat_channels._cat_tiles, 4, a=HALF, b=HALF, y=HALF, S=S, A=C, C=3 * C, **tile)) == {16}
 
 
 def test_a_stride_that_says_nothing_is_noticed() -> None:
