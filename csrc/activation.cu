@@ -18,9 +18,8 @@ __device__ void read_eight(float (&values)[8], const T* from) {
 }
 
 // 8 columns of a row for each thread. `gate`: elements from a value to its gate, or 0 where there is none.
-template <typename T>
-__global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_row, int64_t ld, int64_t gate,
-                      HopperActivation activation) {
+template <typename T, HopperActivation kActivation>
+__global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_row, int64_t ld, int64_t gate) {
   const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (piece >= pieces) return;
   const int64_t row = piece / pieces_of_row, column = piece % pieces_of_row * 8;
@@ -28,11 +27,11 @@ __global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_ro
   read_eight(values, product + row * ld + column);
   if (gate != 0) {
     read_eight(gates, product + row * ld + gate + column);
-    hopper::activate(gates, activation);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] *= gates[i];
+    for (int i = 0; i < 8; ++i) values[i] *= hopper::activate<kActivation>(gates[i]);
   } else {
-    hopper::activate(values, activation);
+#pragma unroll
+    for (float& v : values) v = hopper::activate<kActivation>(v);
   }
   *reinterpret_cast<uint4*>(out + piece * 8) =
       make_uint4(Pair<T>::pack(values[0], values[1]), Pair<T>::pack(values[2], values[3]),
@@ -44,9 +43,11 @@ cudaError_t launch(const void* product, void* out, int64_t rows, int64_t columns
                    HopperActivation activation, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int64_t pieces = rows * columns / 8;
-  apply<<<static_cast<unsigned>((pieces + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      static_cast<const T*>(product), static_cast<T*>(out), pieces, static_cast<int>(columns / 8), ld, gate,
-      activation);
+  auto kernel = &apply<T, HopperActivation::kGelu>;
+  if (activation == HopperActivation::kGeluTanh) kernel = &apply<T, HopperActivation::kGeluTanh>;
+  if (activation == HopperActivation::kSilu) kernel = &apply<T, HopperActivation::kSilu>;
+  kernel<<<static_cast<unsigned>((pieces + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+      static_cast<const T*>(product), static_cast<T*>(out), pieces, static_cast<int>(columns / 8), ld, gate);
   return cudaGetLastError();
 }
 

@@ -77,23 +77,36 @@ int64_t columns_out(const HopperKernel& kernel) {
   return kernel.gated ? kernel.columns / 2 : kernel.columns;
 }
 
-// Clock cycles, roughly: what the tensor cores, the L2 cache and the epilogues need, in whole waves of tiles.
-double estimate(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan, int processors) {
-  constexpr double kProductsPerCycle = 2048, kBytesPerCycle = 36, kStart = 1800, kExchange = 2500;
-  constexpr double kCyclesPerSum = 1.0 / 9, kCyclesPerActivation = 1.0 / 7;
-  const int64_t tiles_m = footprint(p, kernel.rows).tiles(), tiles_n = divide_up(p.out_channels, columns_out(kernel));
-  const int64_t units = divide_up(tiles_m, plan.pair) * tiles_n;
-  // Clusters live within the 16 or 18 processors of one part of the chip.
+// Clusters that run at the same time; larger ones live within the 16 or 18 processors of one part of the chip.
+int64_t slots_of(const HopperPlan& plan, int processors) {
   const int cluster = plan.pair * plan.splits;
-  const int64_t slots = cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster;
-  const double waves = static_cast<double>(divide_up(units, slots));
+  return cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster;
+}
+
+int64_t units_of(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan) {
+  return divide_up(footprint(p, kernel.rows).tiles(), plan.pair) * divide_up(p.out_channels, columns_out(kernel));
+}
+
+// Clock cycles, roughly, fitted to measurements on an H200: what the tensor cores, the L2 cache and the epilogues need,
+// in whole waves of tiles.
+double estimate(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan, int processors) {
+  constexpr double kProductsPerCycle = 2048, kBytesPerCycle = 50, kStart = 5000, kExchange = 4000, kPart = 250;
+  constexpr double kCyclesPerSum = 1.0 / 4, kCyclesPerActivation = 1.0 / 8;
+  constexpr double kStall = 1.15, kStallAlternating = 1.5;  // times the bare products
+  const double waves = static_cast<double>(divide_up(units_of(p, kernel, plan), slots_of(plan, processors)));
   const double products = static_cast<double>(kernel.rows) * kernel.columns * kStep / kProductsPerCycle;
   const double loads = (kernel.rows + static_cast<double>(kernel.columns) / plan.pair) * kStep * 2 / kBytesPerCycle;
   const double steps = static_cast<double>(divide_up(steps_of(p), plan.splits));
-  const double busy = steps * std::max(products * 1.15, loads);
+  const double busy = steps * std::max(products * (kernel.in_flight > 1 ? kStallAlternating : kStall), loads);
   const bool activates = kernel.gated || p.activation != HopperActivation::kNone;
-  double end = kernel.rows * columns_out(kernel) * (kCyclesPerSum + (activates ? kCyclesPerActivation : 0));
-  if (plan.splits > 1) end = end / plan.splits + kExchange + kernel.rows * kernel.columns * 4 / kBytesPerCycle;
+  const double sums = static_cast<double>(kernel.rows) * columns_out(kernel);
+  double end = sums * (kCyclesPerSum + (activates ? kCyclesPerActivation : 0));
+  if (plan.splits > 1) {
+    const double turns = sums / (8 * 256 * plan.splits);  // of a thread, eight sums each
+    end = kExchange + turns * kPart * (plan.splits + 2);
+    // A split tile is there to fill processors that would be idle: more than one wave of them does not pay.
+    if (waves > 1) return kStart + 4 * waves * (busy + end);
+  }
   if (kernel.in_flight > 1) return kStart + waves * std::max(busy, end / kernel.in_flight) + end;
   return kStart + waves * (busy + end);
 }
@@ -165,8 +178,7 @@ bool has_hopper(int64_t device) {
   return describe(device).capability == 9;
 }
 
-std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t device, size_t most) {
-  constexpr double kHopeless = 1.5;  // times the best estimate
+std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t device) {
   constexpr int kMostSplits = 8, kLeastSteps = 4;
   const Device gpu = describe(device);
   if (!has_hopper(device) || !takes(problem)) return {};
@@ -185,8 +197,6 @@ std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t devic
     }
   }
   std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.cost < b.cost; });
-  while (!plans.empty() && (plans.size() > most || plans.back().cost > kHopeless * plans.front().cost))
-    plans.pop_back();
   return plans;
 }
 
@@ -197,6 +207,10 @@ std::string HopperPlan::name() const {
        << (pair > 1 ? " paired" : "");
   if (splits > 1) text << " split " << splits;
   return text.str();
+}
+
+void prepare(const HopperProblem& problem, const HopperPlan& plan) {
+  allow_shared_memory(kernels(problem.bfloat16)[plan.kernel]);
 }
 
 void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream,

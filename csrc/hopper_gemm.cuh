@@ -1,15 +1,13 @@
 // The kernel: one warpgroup fetches tiles by TMA into a ring of stages, the others multiply them with wgmma.
 //
 // A block stays on its SM and takes tile after tile, so that the fetching of a tile hides behind the product before it.
-// The sums leave the registers without shared memory in between: four threads hold 32 neighbouring columns of a row in
-// pieces of 2, trade pieces, and each writes 8 of them. All of shared memory is left to the stages.
 //  - pair: two blocks of a cluster, one below the other, each load half of the weights' tile into both.
 //  - splits: the blocks of a cluster each sum over a part of k, and add the parts up through each other's shared
 //  memory.
 //  - alternating: each multiplying warpgroup has tiles of its own, and one's epilogue hides behind the other's product.
 #pragma once
 
-#include "hopper_numbers.cuh"
+#include "hopper_epilogue.cuh"
 #include "hopper_wgmma.cuh"
 
 namespace sfast::hopper {
@@ -27,25 +25,9 @@ struct Cut {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // 1024 to align the first
   static constexpr int kSumStride = kN + 8;                          // floats; no bank conflicts
-  static_assert(kRows * kSumStride * 4 <= kStages * kStageBytes);
+  static constexpr int kStaticBytes = 2 * kConsumers * kN * 2 + (2 * kStages + kConsumers) * 8;
+  static_assert(kRows * kSumStride * 4 <= kStages * kStageBytes && kSharedBytes + kStaticBytes <= kMostShared);
 };
-
-// Word j of thread i of each four goes to word i of thread j.
-__device__ inline void trade(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
-    (odd ? words[i] : words[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 2], 2);
-    (upper ? words[i] : words[i + 2]) = got;
-  }
-}
-
-// ---- Tiles and stages ----
 
 // The place in the ring of stages, and the parity of the phase that is due there.
 template <int kStages>
@@ -63,164 +45,6 @@ struct Place {
   }
 };
 
-struct Tile {
-  int x, y, image;  // first pixel of the result
-  int column;       // first column of the result
-};
-
-// Neighbours in time are neighbours in a band of a few tiles' height, so that they find their operands in the L2 cache.
-template <int kRows, int kColumns>
-__device__ inline Tile find_tile(const HopperArguments& p, int unit) {
-  constexpr int kBand = kRows >= 256 ? 8 : 16;  // tiles
-  const int units_m = (p.tiles_m + p.pair - 1) / p.pair, band_height = kBand / p.pair;
-  const int band = unit / (band_height * p.tiles_n), in_band = unit - band * band_height * p.tiles_n;
-  const int height = min(band_height, units_m - band * band_height);
-  int m = band * band_height + in_band % height;
-  if (p.pair > 1) m = m * p.pair + static_cast<int>(block_in_cluster());
-  Tile tile;
-  tile.column = in_band / height * kColumns;
-  tile.x = m % p.tiles_x << p.log_tile_width;
-  tile.y = m / p.tiles_x % p.tiles_y << p.log_tile_height;
-  tile.image = m / (p.tiles_x * p.tiles_y) * (kRows >> (p.log_tile_width + p.log_tile_height));
-  return tile;
-}
-
-// The number of the pixel that is row `row` of a tile, or -1 where the tile hangs over the result.
-__device__ inline int64_t pixel_of(const HopperArguments& p, const Tile& tile, int row) {
-  const int x = tile.x + (row & ((1 << p.log_tile_width) - 1));
-  const int y = tile.y + (row >> p.log_tile_width & ((1 << p.log_tile_height) - 1));
-  const int image = tile.image + (row >> (p.log_tile_width + p.log_tile_height));
-  if (x >= p.out_width || y >= p.out_height || image >= p.images) return -1;
-  return (static_cast<int64_t>(image) * p.out_height + y) * p.out_width + x;
-}
-
-// ---- Epilogue ----
-
-// Row `row` of the tile: this thread's part of the sums is at d[8 j + {0, 1}] for columns 8 j + 2 (t % 4).
-template <typename T, int kN, bool kGate>
-__device__ inline void write_row(const HopperArguments& p, const Tile& tile, int row, const float* d) {
-  constexpr int kColumns = kGate ? kN / 2 : kN, kGroups = kColumns / 32;
-  const int quarter = threadIdx.x % 4;
-  const int64_t pixel = pixel_of(p, tile, row);
-  const T* bias = static_cast<const T*>(p.bias);
-  uint4 residual[kGroups];
-  if (p.residual != nullptr) {
-    const T* source = static_cast<const T*>(p.residual) + pixel * p.ld_residual + tile.column + 8 * quarter;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const bool inside = pixel >= 0 && tile.column + 32 * g + 8 * quarter < p.out_channels;
-      residual[g] = inside ? __ldg(reinterpret_cast<const uint4*>(source + 32 * g)) : uint4{};
-    }
-  }
-  T* out = static_cast<T*>(p.out) + pixel * p.out_channels + tile.column + 8 * quarter;
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    float values[8];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      values[2 * j] = d[4 * (4 * g + j)], values[2 * j + 1] = d[4 * (4 * g + j) + 1];
-      const int column = tile.column + 32 * g + 8 * j + 2 * quarter;
-      if (bias != nullptr && column < p.out_channels) {
-        const float2 b = Pair<T>::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + column)));
-        values[2 * j] += b.x, values[2 * j + 1] += b.y;
-      }
-    }
-    if constexpr (kGate) {
-      float gate[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        gate[2 * j] = d[kN / 4 + 4 * (4 * g + j)], gate[2 * j + 1] = d[kN / 4 + 4 * (4 * g + j) + 1];
-        const int column = tile.column + 32 * g + 8 * j + 2 * quarter;
-        if (bias != nullptr && column < p.out_channels) {
-          const float2 b = Pair<T>::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + p.out_channels + column)));
-          gate[2 * j] += b.x, gate[2 * j + 1] += b.y;
-        }
-      }
-      activate(gate, p.activation);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] *= gate[i];
-    }
-    if (p.residual != nullptr) {
-      uint32_t words[4] = {residual[g].x, residual[g].y, residual[g].z, residual[g].w};
-      trade(words);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 r = Pair<T>::unpack(words[j]);
-        values[2 * j] += r.x, values[2 * j + 1] += r.y;
-      }
-    }
-    if constexpr (!kGate) activate(values, p.activation);
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) words[j] = Pair<T>::pack(values[2 * j], values[2 * j + 1]);
-    trade(words);
-    if (pixel >= 0 && tile.column + 32 * g + 8 * quarter < p.out_channels) {
-      *reinterpret_cast<uint4*>(out + 32 * g) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  }
-}
-
-// 8 sums at the same place of the shared memory of each block of the cluster, added up in the order of the blocks.
-__device__ inline void add_parts(float (&values)[8], const float* place, int parts) {
-  const uint32_t address = shared_address(place);
-#pragma unroll
-  for (float& v : values) v = 0;
-  for (int part = 0; part < parts; ++part) {
-    uint32_t remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(part));
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      float4 four;
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
-                   : "r"(remote + 4 * i)
-                   : "memory");
-      values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
-    }
-  }
-}
-
-template <typename T>
-__device__ inline void add_eight(float (&values)[8], const T* source) {
-  const uint4 eight = __ldg(reinterpret_cast<const uint4*>(source));
-  const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 pair = Pair<T>::unpack(words[j]);
-    values[2 * j] += pair.x, values[2 * j + 1] += pair.y;
-  }
-}
-
-// This block's share of a tile whose sums lie in parts in the shared memory of all blocks, [rows, kStride] each.
-template <typename T, int kRows, int kN, bool kGate, int kStride>
-__device__ inline void write_share(const HopperArguments& p, const Tile& tile, const float* sums, int thread,
-                                   int threads) {
-  constexpr int kColumns = kGate ? kN / 2 : kN, kPieces = kRows * kColumns / 8;
-  const int part = block_in_cluster();
-  for (int piece = part * threads + thread; piece < kPieces; piece += p.splits * threads) {
-    const int row = piece / (kColumns / 8), column = piece % (kColumns / 8) * 8;
-    const int64_t pixel = pixel_of(p, tile, row);
-    const int at = tile.column + column;
-    if (pixel < 0 || at >= p.out_channels) continue;
-    float values[8];
-    add_parts(values, sums + row * kStride + column, p.splits);
-    if (p.bias != nullptr) add_eight(values, static_cast<const T*>(p.bias) + at);
-    if constexpr (kGate) {
-      float gate[8];
-      add_parts(gate, sums + row * kStride + kN / 2 + column, p.splits);
-      if (p.bias != nullptr) add_eight(gate, static_cast<const T*>(p.bias) + p.out_channels + at);
-      activate(gate, p.activation);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] *= gate[i];
-    }
-    if (p.residual != nullptr) add_eight(values, static_cast<const T*>(p.residual) + pixel * p.ld_residual + at);
-    if constexpr (!kGate) activate(values, p.activation);
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + pixel * p.out_channels + at) =
-        make_uint4(Pair<T>::pack(values[0], values[1]), Pair<T>::pack(values[2], values[3]),
-                   Pair<T>::pack(values[4], values[5]), Pair<T>::pack(values[6], values[7]));
-  }
-}
-
 // ---- The two roles ----
 
 // One thread: fills stage after stage, steps first to last of k of each tile.
@@ -228,7 +52,9 @@ template <typename C, int kN>
 __device__ inline void fetch(const HopperArguments& p, const Tile& tile, int first, int last, uint8_t* stages,
                              uint64_t* full, uint64_t* empty, Place<C::kStages>* place) {
   const int half = p.pair > 1 ? static_cast<int>(block_in_cluster()) : 0;
+  const int x0 = tile.x * p.stride_w - p.padding_w, y0 = tile.y * p.stride_h - p.padding_h;
   int tap = first / p.chunks, chunk = first - tap * p.chunks;
+  int tap_y = tap / p.filter_w, tap_x = tap - tap_y * p.filter_w;
   for (int step = first; step < last; ++step) {
     uint8_t* const x_tile = stages + place->stage * C::kStageBytes;
     uint8_t* const weight_tile = x_tile + C::kRows * kStep * 2;
@@ -236,15 +62,17 @@ __device__ inline void fetch(const HopperArguments& p, const Tile& tile, int fir
     const int column = tap * p.channels + chunk * kStep;
     wait(empty + place->stage, place->parity ^ 1);
     arrive_expecting(barrier, C::kStageBytes);
-    load_tile(x_tile, &p.x, barrier, chunk * kStep, tile.x * p.stride_w - p.padding_w + tap % p.filter_w * p.dilation_w,
-              tile.y * p.stride_h - p.padding_h + tap / p.filter_w * p.dilation_h, tile.image);
+    load_tile(x_tile, &p.x, barrier, chunk * kStep, x0 + tap_x * p.dilation_w, y0 + tap_y * p.dilation_h, tile.image);
     if (p.pair > 1) {
       load_tile_to(3, weight_tile + half * kN * kStep, &p.weight, barrier, column, tile.column + half * p.second_half);
     } else {
       load_tile(weight_tile, &p.weight, barrier, column, tile.column);
       load_tile(weight_tile + kN * kStep, &p.weight, barrier, column, tile.column + p.second_half);
     }
-    if (++chunk == p.chunks) chunk = 0, ++tap;
+    if (++chunk == p.chunks) {
+      chunk = 0, ++tap;
+      if (++tap_x == p.filter_w) tap_x = 0, ++tap_y;
+    }
     place->next();
   }
 }
@@ -298,15 +126,20 @@ __device__ inline void multiply(float (&d)[kFragments][kN / 2], int steps, int f
 template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, bool kGate>
 __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(const __grid_constant__ HopperArguments p) {
   using C = Cut<kFragments, kConsumers, kAlternate, kN>;
-  constexpr int kColumns = kGate ? kN / 2 : kN;
+  constexpr int kColumns = kGate ? kN / 2 : kN, kGroups = kColumns / 32;
+  // Whether a row of the residual finds room beside the sums, so that it can be asked for ahead of time.
+  constexpr bool kAhead = !kGate && kFragments * kN / 2 + 4 * kGroups <= 150;  // registers
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[C::kStages], empty[C::kStages];
   __shared__ uint64_t turn[kConsumers];  // a phase ends when the stages of this warpgroup's tile are the next ones due
+  __shared__ uint32_t biases[2][kConsumers][kN / 2];  // of this tile and the next
   uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
   const int warpgroup = threadIdx.x / 128;
 
   launch_dependents();
   if (threadIdx.x == 0) {
+    prefetch_tensor_map(&p.x);
+    prefetch_tensor_map(&p.weight);
     for (int i = 0; i < C::kStages; ++i) {
       init_barrier(full + i, 1);
       init_barrier(empty + i, 4 * (kAlternate ? 1 : kConsumers) * p.pair);
@@ -316,7 +149,7 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
   }
   const int cluster = p.pair * p.splits;  // one of the two is 1
   if (cluster > 1) {
-    sync_cluster();
+    meet_cluster();
   } else {
     __syncthreads();
   }
@@ -331,8 +164,6 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
-      prefetch_tensor_map(&p.x);
-      prefetch_tensor_map(&p.weight);
       wait_for_previous_kernel();
       for (int unit = first_unit; unit < units; unit += stride) {
         fetch<C, kN>(p, find_tile<C::kRows, kColumns>(p, unit), first, last, stages, full, empty, &place);
@@ -358,6 +189,10 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
     for (; unit < units; unit += kAlternate ? kConsumers * stride : stride) {
       const Tile tile = find_tile<C::kRows, kColumns>(p, unit);
       float d[kFragments][kN / 2];
+      // Asked for now, while there is something to multiply.
+      const uint32_t bias = load_bias<T, kN, kGate>(p, tile, thread % 128);
+      ResidualRow<T, kGroups, kAhead> residual;
+      if (kAhead && p.residual != nullptr && p.splits == 1) residual.load(p, tile, pixel_of(p, tile, row));
       // A stage's parity tells apart only neighbouring phases, so nobody may wait for one that is further away.
       if (kAlternate) wait(turn + consumer, turn_parity);
       turn_parity ^= 1;
@@ -379,20 +214,24 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
           }
         }
         sync_cluster();
-        write_share<T, C::kRows, kN, kGate, C::kSumStride>(p, tile, sums, thread, 128 * kConsumers);
+        with_activation<kGate>(p.activation, [&](auto activation) {
+          write_share<T, C::kRows, kN, kGate, C::kSumStride, activation.value>(p, tile, sums, thread, 128 * kConsumers);
+        });
       } else {
-#pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) write_row<T, kN, kGate>(p, tile, row + 64 * f + 8 * i, d[f] + 2 * i);
-        }
+        // Two buffers: who writes one has met everybody who read the other, and they had read this one before.
+        uint32_t* const shared_bias = biases[turn_parity][consumer];
+        if (thread % 128 < kN / 2) shared_bias[thread % 128] = bias;
+        sync_threads(2 + consumer, 128);
+        with_activation<kGate>(p.activation, [&](auto activation) {
+          write_rows<T, kFragments, kN, kGate, activation.value>(p, tile, row, d, shared_bias, residual);
+        });
       }
     }
   }
   // No block leaves while another may still write to it or read from it.
   if (cluster > 1) {
     __syncwarp();
-    sync_cluster();
+    meet_cluster();
   }
 }
 
@@ -414,10 +253,11 @@ std::vector<HopperKernel> all_kernels() {
   return {
       kernel_of<T, 1, 2, false, 256, false>(), kernel_of<T, 1, 2, false, 192, false>(),
       kernel_of<T, 1, 2, false, 160, false>(), kernel_of<T, 1, 2, false, 128, false>(),
-      kernel_of<T, 1, 2, false, 64, false>(),  kernel_of<T, 2, 2, false, 128, false>(),
-      kernel_of<T, 2, 2, false, 160, false>(), kernel_of<T, 2, 2, true, 128, false>(),
-      kernel_of<T, 1, 2, false, 256, true>(),  kernel_of<T, 1, 2, false, 128, true>(),
-      kernel_of<T, 2, 2, false, 128, true>(),  kernel_of<T, 2, 2, true, 128, true>(),
+      kernel_of<T, 1, 2, false, 96, false>(),  kernel_of<T, 1, 2, false, 64, false>(),
+      kernel_of<T, 2, 2, false, 128, false>(), kernel_of<T, 2, 2, false, 160, false>(),
+      kernel_of<T, 2, 2, true, 128, false>(),  kernel_of<T, 1, 2, false, 256, true>(),
+      kernel_of<T, 1, 2, false, 128, true>(),  kernel_of<T, 2, 2, false, 128, true>(),
+      kernel_of<T, 2, 2, true, 128, true>(),
   };
 }
 

@@ -46,8 +46,11 @@ struct HopperPlan {
 // Whether this GPU runs the kernels of this build.
 bool has_hopper(int64_t device);
 
-// The plans that an estimate finds best, best first; empty where this GPU or build cannot run the kernel.
-std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t device, size_t most);
+// Every plan for the problem, by an estimate the best first; empty where this GPU cannot run the kernel.
+std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t device);
+
+// Loads the plan's kernel, so that its first launch takes no longer than others.
+void prepare(const HopperProblem& problem, const HopperPlan& plan);
 
 void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream,
             bool overlap = true);

@@ -54,28 +54,13 @@ __device__ inline float gelu_tanh(float x) {
   return __fdividef(x, 1.0f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
 }
 
-template <int kCount>
-__device__ inline void activate(float (&values)[kCount], HopperActivation activation) {
-  switch (activation) {
-    case HopperActivation::kRelu:
-#pragma unroll
-      for (float& v : values) v = fmaxf(v, 0.0f);
-      break;
-    case HopperActivation::kGeluTanh:
-#pragma unroll
-      for (float& v : values) v = gelu_tanh(v);
-      break;
-    case HopperActivation::kGelu:
-#pragma unroll
-      for (float& v : values) v = gelu(v);
-      break;
-    case HopperActivation::kSilu:
-#pragma unroll
-      for (float& v : values) v = silu(v);
-      break;
-    default:
-      break;
-  }
+template <HopperActivation kActivation>
+__device__ inline float activate(float x) {
+  if constexpr (kActivation == HopperActivation::kRelu) return fmaxf(x, 0.0f);
+  if constexpr (kActivation == HopperActivation::kGeluTanh) return gelu_tanh(x);
+  if constexpr (kActivation == HopperActivation::kGelu) return gelu(x);
+  if constexpr (kActivation == HopperActivation::kSilu) return silu(x);
+  return x;
 }
 
 }  // namespace sfast::hopper

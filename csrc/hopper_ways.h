@@ -19,9 +19,19 @@ inline bool is_hopper_recipe(const std::string& recipe) {
 #ifdef SFAST_HOPPER
 template <typename Pointers>
 void propose_hopper(const HopperProblem& problem, int64_t device, const Ask& ask, std::vector<Way<Pointers>>* ways) {
-  constexpr size_t kMost = 6, kAll = 1000;  // the estimate is trusted to have the best among that many
-  const size_t most = ask.first_only ? 1 : ask.recipe.empty() ? kMost : kAll;
-  for (const HopperPlan& plan : hopper_plans(problem, device, most)) {
+  constexpr size_t kMost = 8;        // the estimate is trusted to have the best among that many,
+  constexpr double kHopeless = 1.5;  // and to be right about one that is so many times slower
+  double best = 0;
+  size_t proposed = 0;
+  for (const HopperPlan& plan : hopper_plans(problem, device)) {
+    if (proposed == 0) best = plan.cost;
+    if (ask.recipe.empty()) {
+      if (proposed == (ask.first_only ? 1 : kMost) || plan.cost > kHopeless * best) break;
+    } else if (ask.recipe != plan.name()) {
+      continue;
+    }
+    ++proposed;
+    prepare(problem, plan);
     ways->push_back({plan.name(), 0, [=](const Pointers& at, void*, cudaStream_t stream) {
                        launch(problem, plan, {at.x, at.weight, at.bias, at.residual, at.out}, stream);
                      }});
