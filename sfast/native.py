@@ -44,12 +44,13 @@ def recall_choices(device: torch.device) -> None:
     """Once for each GPU: take over the kernels that an earlier process has chosen, so that nothing is measured again."""
     if device.type != "cuda" or device in _kept or not available():
         return
-    _kept[device] = disk_cache.get("plans", _environment(device)) or ""
-    if _kept[device]:
-        try:
+    _kept[device] = ""
+    try:
+        _kept[device] = disk_cache.get("plans", _environment(device)) or ""
+        if _kept[device]:
             torch.ops.sfast_native.recall(device.index, _kept[device])
-        except Exception as error:  # then they are measured
-            fallback.logger.debug("choices of an earlier process could not be taken over", exc_info=error)
+    except Exception as error:  # then they are measured
+        fallback.logger.debug("choices of an earlier process could not be taken over", exc_info=error)
 
 
 def keep_choices(device: torch.device) -> None:
@@ -58,14 +59,13 @@ def keep_choices(device: torch.device) -> None:
         return
     try:
         mine = _by_problem(torch.ops.sfast_native.choices(device.index))
+        if mine.items() <= _by_problem(_kept[device]).items():
+            return
+        others = _by_problem(disk_cache.get("plans", _environment(device)) or "")
+        _kept[device] = "".join(f"{problem} = {recipe}\n" for problem, recipe in {**others, **mine}.items())
+        disk_cache.put("plans", _environment(device), _kept[device])
     except Exception as error:
         fallback.logger.debug("the chosen kernels cannot be kept", exc_info=error)
-        return
-    if mine.items() <= _by_problem(_kept[device]).items():
-        return
-    others = _by_problem(disk_cache.get("plans", _environment(device)) or "")
-    _kept[device] = "".join(f"{problem} = {recipe}\n" for problem, recipe in {**others, **mine}.items())
-    disk_cache.put("plans", _environment(device), _kept[device])
 
 
 def _by_problem(choices: str) -> dict[str, str]:
@@ -151,6 +151,8 @@ def _register_fakes() -> None:
     """Tell PyTorch the shapes and layouts of the results, for whoever traces without data."""
     torch.library.register_fake("sfast_native::conv2d", _conv2d_fake)
     torch.library.register_fake("sfast_native::linear", _linear_fake)
+    if hasattr(torch.ops.sfast_native, "attention"):  # not in a library that was built before it
+        torch.library.register_fake("sfast_native::attention", _attention_fake)
 
 
 def _conv2d_fake(
@@ -176,3 +178,8 @@ def _linear_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    B, H, T, D = query.shape
+    return query.new_empty(B, T, H, D).transpose(1, 2)

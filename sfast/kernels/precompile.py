@@ -27,6 +27,7 @@ import torch
 from sfast.fallback import logger, timed
 from sfast.triton_cache import mend
 
+LONGEST_START = 30.0  # seconds; after that whoever needs Triton starts it again
 MOST_THREADS = 16  # a first call has no more variants than about that many
 
 _active: contextvars.ContextVar[Rehearsal | None] = contextvars.ContextVar("sfast_rehearsal", default=None)
@@ -37,7 +38,11 @@ _prepared = threading.Event()
 def prepare() -> None:
     """Start Triton in the background; returns at once. Only the first call of a process does anything."""
     if _begun.acquire(blocking=False):
-        threading.Thread(target=_start_triton, name="sfast: starting Triton", daemon=True).start()
+        try:
+            threading.Thread(target=_start_triton, name="sfast: starting Triton", daemon=True).start()
+        except RuntimeError as error:  # no further thread: Triton starts at its first kernel
+            logger.debug("Triton is not started in the background: %s", error)
+            _prepared.set()
 
 
 def _start_triton() -> None:
@@ -53,11 +58,12 @@ def _start_triton() -> None:
         _prepared.set()
 
 
-def _logged(step: Callable[[], Any]) -> None:
+def _logged(step: Callable[[], Any]) -> Any:
     try:
-        step()
+        return step()
     except Exception as error:  # whoever launches a kernel will hear of it
-        logger.debug("in the background: %s", error, exc_info=error)
+        logger.debug("while Triton was prepared: %s", error, exc_info=error)
+        return None
 
 
 def _build_driver() -> None:
@@ -78,10 +84,9 @@ def rehearse(function: Callable[[], Any], device: torch.device) -> bool:
     Where Triton offers no way to compile in the background, this is just a call.
     """
     futures = _futures()
-    if futures is None or device.type != "cuda":
+    if futures is None or device.type != "cuda" or futures.active_mode.get() is not None:
         function()
         return True
-    prepare()
     # A context of its own: whatever interrupts the rehearsal, Triton's mode and ours end with it.
     return contextvars.copy_context().run(_rehearse, function, Rehearsal(device, futures))
 
@@ -96,7 +101,7 @@ def _rehearse(function: Callable[[], Any], rehearsal: Rehearsal) -> bool:
         rehearsal.pool.shutdown(wait=False)  # what it was given is finished
     with timed(f"  waiting for {len(rehearsal.mode.future_kernels)} kernels to be compiled"):
         for kernel in list(rehearsal.mode.future_kernels.values()):
-            kernel.result(ignore_errors=True)  # an error is raised, and noted, where the kernel is launched
+            _logged(functools.partial(kernel.result, ignore_errors=True))  # it is raised, and noted, at the launch
     return rehearsal.left_out == 0
 
 
@@ -119,28 +124,38 @@ class Rehearsal:
         self.pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "sfast: compiling")
         self.mode = futures.AsyncCompileMode(self, ignore_errors=True)  # we are the executor that it submits to
         self._device = device
-        self._future_kernel = futures.FutureKernel
+        self._futures = futures
         self._compiled: dict[Hashable, bool] = {}
         self._launchers: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._built: set[str] = set()
 
     def launch(self, run: Callable[..., Any], args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> Any:
         """`kernel[grid](*args, **options)` if that kernel is compiled."""
         key = (run, tuple(map(_kind, args)), tuple([(name, _kind(value)) for name, value in options.items()]))
         if key not in self._compiled:
-            _prepared.wait()
-            self._compiled[key] = not isinstance(run(*args, grid=grid, warmup=True, **options), self._future_kernel)
+            prepare()
+            _prepared.wait(LONGEST_START)
+            self._compiled[key] = self._is_compiled(run, args, grid, options)
         if self._compiled[key]:
             return run(*args, grid=grid, warmup=False, **options)
         self.left_out += 1
         return None
 
+    def _is_compiled(self, run: Callable[..., Any], args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> bool:
+        """Whether a kernel is compiled; if not, it soon will be."""
+        try:
+            return not isinstance(run(*args, grid=grid, warmup=True, **options), self._futures.FutureKernel)
+        except Exception as error:  # another Triton: no more of this, kernels are compiled where they are launched
+            logger.debug("kernels are compiled one after the other: %s", error, exc_info=error)
+            self._futures.active_mode.set(None)
+            return True
+
     def submit(self, compile: Callable[[], Any]) -> Future[Any]:
         """Compile and load a kernel in the pool, or here and now where there can be no further thread."""
         source = inspect.getclosurevars(compile).nonlocals.get("src")
+        signature = str(getattr(source, "signature", ""))
         try:
-            if source is not None:
-                self.pool.submit(_logged, lambda: self._build_launcher(source))
+            if source is not None and signature not in self._launchers:
+                self.pool.submit(_logged, functools.partial(self._build_launcher, source, self._launchers[signature]))
             return self.pool.submit(self._compile, compile)
         except RuntimeError as error:
             logger.debug("kernels are compiled one after the other: %s", error)
@@ -158,13 +173,10 @@ class Rehearsal:
                 _logged(lambda: kernel.run)  # loads it
         return kernel
 
-    def _build_launcher(self, source: Any) -> None:
+    def _build_launcher(self, source: Any, one_at_a_time: threading.Lock) -> None:
         """Some versions of Triton compile a C module for each signature, into their cache: once, and beside the kernel."""
-        signature = str(source.signature)
-        with self._launchers[signature]:
-            if signature not in self._built:
-                self._built.add(signature)
-                importlib.import_module("triton.runtime.driver").driver.active.launcher_cls(source, _Metadata())
+        with one_at_a_time:
+            importlib.import_module("triton.runtime.driver").driver.active.launcher_cls(source, _Metadata())
 
 
 class _Metadata:

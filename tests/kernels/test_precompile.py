@@ -185,6 +185,27 @@ def test_without_a_mode_to_compile_in_it_is_a_call(kernels: Kernels, monkeypatch
     assert blocks(kernels.driver) == [16, 32]
 
 
+def test_within_somebody_elses_mode_it_is_a_call(kernels: Kernels) -> None:
+    futures = precompile._futures()
+    with precompile.ThreadPoolExecutor(1) as pool, futures.AsyncCompileMode(pool):
+        assert precompile.rehearse(lambda: kernels.run(16, 32), CUDA)
+    assert blocks(kernels.driver) == [16, 32]
+
+
+def test_a_triton_that_cannot_be_asked_ahead_compiles_at_the_launch(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    futures = precompile._futures()
+
+    def submit(*args: Any) -> Any:
+        raise TypeError("another Triton")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(futures.AsyncCompileMode, "submit", submit)
+        assert precompile.rehearse(lambda: kernels.run(16, 32), CUDA)
+    assert blocks(kernels.driver) == [16, 32]
+
+
 @pytest.mark.parametrize("when", ["rehearsing", "waiting"])
 def test_an_interrupted_rehearsal_leaves_kernels_usable(
     kernels: Kernels, when: str, monkeypatch: pytest.MonkeyPatch
@@ -227,3 +248,34 @@ def test_an_operator_answers_with_its_reference_when_a_launch_was_left_out(kerne
     assert torch.equal(results[1], torch.full_like(kernels.x, 7))
     assert blocks(kernels.driver) == [1]
     del library
+
+
+class TestStartingTriton:
+    @pytest.fixture(autouse=True)
+    def first_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(precompile, "_begun", threading.Lock())
+        monkeypatch.setattr(precompile, "_prepared", threading.Event())
+
+    def test_once_and_in_the_background(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads = []
+        for step in ("mend", "_import_compiler", "_hash_triton", "_build_driver"):
+            monkeypatch.setattr(precompile, step, lambda: threads.append(threading.get_ident()))
+        for _ in range(3):
+            precompile.prepare()
+        assert precompile._prepared.wait(10)
+        assert len(threads) == 4
+        assert threading.get_ident() not in threads
+
+    def test_what_fails_there_is_no_error_yet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for step in ("mend", "_import_compiler", "_hash_triton", "_build_driver"):
+            monkeypatch.setattr(precompile, step, lambda: 1 / 0)
+        precompile.prepare()
+        assert precompile._prepared.wait(10)
+
+    def test_without_a_thread_it_starts_at_its_first_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        precompile.prepare()
+        assert precompile._prepared.is_set()
