@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from sfast.kernels import attention_kernels, cat_channels, geglu, group_norm_kernels, layer_norm, upsample
+from sfast.kernels import (
+    attention_kernels,
+    blend,
+    cat_channels,
+    conv2d_few,
+    geglu,
+    group_norm_kernels,
+    layer_norm,
+    transpose_layer_norm,
+    upsample,
+)
 from sfast.kernels.triton_or_none import INTERPRETED, MISSING
 
 pytestmark = pytest.mark.skipif(INTERPRETED or MISSING is not None, reason="needs Triton's compiler")
@@ -118,6 +128,28 @@ def test_upsampling() -> None:
 def test_concatenation() -> None:
     tile = {"ROWS": 32, "CHANNELS": 64, "OVERLAP": True}
     assert widths(ptx(cat_channels._cat_tiles, 4, a=HALF, b=HALF, y=HALF, S=S, A=C, C=3 * C, **tile)) == {16}
+
+
+def test_blending() -> None:
+    pointers = dict.fromkeys(["x", "y", "residual", "alpha", "out"], HALF)
+    strides = {"y_sample": 14 * S * C, "y_frame": C, "y_row": 14 * C, "sample_step": 14, "frame_step": 1}
+    sizes = {"rows": 28 * S, "F": 14, "L": S, "C": C, "flags": 2, "ROWS": 64, "COLUMNS": 64, "OVERLAP": True}
+    assert widths(ptx(blend._blend_rows, 4, **pointers, **strides, **sizes)) == {16, 2}  # 2: alpha, once for each row
+
+
+def test_turned_layer_norm() -> None:
+    pointers = dict.fromkeys(["x", "residual", "shift", "weight", "bias", "y", "turned", "total"], HALF)
+    sizes = {"rows": 28 * S, "frames": 14, "L": S, "C": C, "eps": 1e-5, "flags": 7, "ROWS": 8, "WIDTH": 512}
+    code = ptx(transpose_layer_norm._turn_rows, 4, **pointers, **sizes, OVERLAP=True)
+    assert widths(code) == {16, 8}  # 8: weight and bias
+
+
+def test_convolution_to_few_channels() -> None:
+    pointers = dict.fromkeys(["x", "weight", "bias", "out"], HALF)
+    strides = {"filter_stride": 9 * 128, "channel": 1, "line": 3 * 128, "column": 128, "biased": 3}
+    sizes = {"H": 1024, "W": 1024, "C": 128, "strips": 17, "rows": 16, "K": 3, "SUMS": 16, "STRIP": 64, "CHANNELS": 128}
+    code = ptx(conv2d_few._few_out, 4, **pointers, **strides, **sizes, OVERLAP=True)
+    assert widths(code) == {16, 2}  # 2: taps, bias and result, which are few
 
 
 def test_a_stride_that_says_nothing_is_noticed() -> None:
