@@ -20,6 +20,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
 Tensor group_norm(Tensor x, std::optional<Tensor> shift, int64_t num_groups, std::optional<Tensor> weight,
                   std::optional<Tensor> bias, double eps, bool silu);
 bool group_norm_takes(Tensor x, int64_t num_groups);
+Tensor attention(Tensor query, Tensor key, Tensor value, double scale);
 
 bool own_kernels(int64_t device);
 

@@ -1,0 +1,369 @@
+// Attention over any number of keys, block by block (flash attention), for Hopper.
+//
+// One warpgroup copies (TMA, a ring of stages), the others compute, 64 rows of queries each on the same keys and
+// values. Within a warpgroup the scores of the next block of keys are computed by the tensor cores while nothing waits
+// for them but the exponentials of that block, and the values of the block before are summed behind those exponentials;
+// between warpgroups a baton makes them issue their products in turn, so that one's exponentials run beside another's
+// products. The blocks go from the last to the first: only the first one done must mask keys that do not exist. A
+// thread block goes on to its next tile of queries while the copies for it are under way.
+#pragma once
+
+#include "attention_launch.cuh"
+#include "attention_tile.cuh"
+
+namespace sfast::attention {
+
+struct LongArguments {
+  CUtensorMap query, key, value, out;
+  int heads, queries, keys, query_tiles, tiles;
+  float scale;  // times log2(e)
+};
+
+template <typename T_, int D_, int kWarpgroups_, int N_, int kStages_ = 2, int kPolynomial_ = 0,
+          bool kTurns_ = (kWarpgroups_ > 1), bool kAhead_ = false, bool kWide_ = false>
+struct LongKernel {
+  using T = T_;
+  static constexpr int D = D_, N = N_, kWarpgroups = kWarpgroups_, kStages = kStages_, kPolynomial = kPolynomial_;
+  static constexpr bool kTurns = kTurns_, kAhead = kAhead_, kWide = kWide_;
+  static constexpr int kThreads = 128 * (1 + kWarpgroups);
+  static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // on a processor
+  static constexpr int kGiven = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kTaken = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 240 : 232;
+
+  static constexpr int kUnitBytes = tile_bytes<D>(kUnit), kBlockBytes = tile_bytes<D>(N);
+  struct Shared {
+    alignas(1024) uint8_t query[kWarpgroups][kUnitBytes];
+    uint8_t out[kWarpgroups][kUnitBytes];
+    uint8_t key[kStages][kBlockBytes], value[kStages][kBlockBytes];
+    uint64_t query_full[kWarpgroups], query_empty[kWarpgroups];
+    uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // to start at a multiple of 1024
+};
+
+// A place in the ring of stages, and the parity of the phase that fills it.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ inline void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+struct QueryTile {
+  int batch, head, row, active;  // `active` warpgroups have rows to work on
+
+  __device__ inline QueryTile(const LongArguments& arguments, int tile, int warpgroups) {
+    const int all_heads = tile / arguments.query_tiles;
+    batch = all_heads / arguments.heads;
+    head = all_heads % arguments.heads;
+    row = tile % arguments.query_tiles * warpgroups * kUnit;
+    active = min(warpgroups, (arguments.queries - row + kUnit - 1) / kUnit);
+  }
+};
+
+template <class K>
+__device__ inline void produce(typename K::Shared& shared, const LongArguments& arguments) {
+  const int key_blocks = (arguments.keys + K::N - 1) / K::N;
+  RingPlace<K::kStages> place;
+  uint32_t query_parity[K::kWarpgroups] = {};
+  wait_for_previous_kernel();
+  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
+    const QueryTile tile(arguments, index, K::kWarpgroups);
+#pragma unroll
+    for (int w = 0; w < K::kWarpgroups; ++w) {
+      if (w >= tile.active) continue;
+      wait(&shared.query_empty[w], query_parity[w] ^ 1);
+      query_parity[w] ^= 1;
+      arrive_expecting(&shared.query_full[w], K::kUnitBytes);
+      load_rows<K::D>(shared.query[w], kUnit, &arguments.query, &shared.query_full[w], tile.row + w * kUnit, tile.head,
+                      tile.batch);
+    }
+    for (int block = key_blocks - 1; block >= 0; --block) {
+      wait(&shared.key_empty[place.stage], place.parity ^ 1);
+      arrive_expecting(&shared.key_full[place.stage], K::kBlockBytes);
+      load_rows<K::D>(shared.key[place.stage], K::N, &arguments.key, &shared.key_full[place.stage], block * K::N,
+                      K::kWide ? 0 : tile.head, tile.batch, K::kWide ? tile.head * K::D : 0);
+      wait(&shared.value_empty[place.stage], place.parity ^ 1);
+      arrive_expecting(&shared.value_full[place.stage], K::kBlockBytes);
+      load_rows<K::D>(shared.value[place.stage], K::N, &arguments.value, &shared.value_full[place.stage], block * K::N,
+                      K::kWide ? 0 : tile.head, tile.batch, K::kWide ? tile.head * K::D : 0);
+      place.next();
+    }
+  }
+  launch_dependents();
+}
+
+// Warpgroups issue their products in turn: each waits for the baton, and hands it on.
+template <class K>
+struct Baton {
+  __device__ static inline void hand_on(int warpgroup) {
+    if constexpr (K::kTurns) {
+      asm volatile("bar.arrive %0, 256;" ::"r"(1 + (warpgroup + 1) % K::kWarpgroups) : "memory");
+    }
+  }
+
+  __device__ static inline void await(int warpgroup) {
+    if constexpr (K::kTurns) sync_threads(1 + warpgroup, 256);
+  }
+};
+
+// A warpgroup without rows frees what the others need freed.
+template <class K>
+__device__ inline void stand_by(typename K::Shared& shared, RingPlace<K::kStages>& place, int key_blocks,
+                                int warpgroup) {
+  for (int block = 0; block < key_blocks; ++block) {
+    wait(&shared.key_full[place.stage], place.parity);
+    if (threadIdx.x % 32 == 0) arrive(&shared.key_empty[place.stage]);
+    if (block > 0) Baton<K>::await(warpgroup), Baton<K>::hand_on(warpgroup);
+    wait(&shared.value_full[place.stage], place.parity);
+    if (threadIdx.x % 32 == 0) arrive(&shared.value_empty[place.stage]);
+    place.next();
+  }
+}
+
+template <class K>
+__device__ inline void consume(typename K::Shared& shared, const LongArguments& arguments, int warpgroup) {
+  using T = typename K::T;
+  constexpr int D = K::D, N = K::N;
+  const int key_blocks = (arguments.keys + N - 1) / N;
+  const bool signals = threadIdx.x % 32 == 0;  // one thread of each warp
+  RingPlace<K::kStages> place;
+  uint32_t query_parity = 0;
+  float scores[N / 2], sums[D / 2], decay[2];
+  uint32_t weights[N / 16][4];
+  RowState rows;
+
+  if (warpgroup == K::kWarpgroups - 1) Baton<K>::hand_on(warpgroup);
+  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
+    const QueryTile tile(arguments, index, K::kWarpgroups);
+    if (warpgroup >= tile.active) {
+      stand_by<K>(shared, place, key_blocks, warpgroup);
+      continue;
+    }
+    const uint8_t* query = shared.query[warpgroup];
+    wait(&shared.query_full[warpgroup], query_parity);
+    query_parity ^= 1;
+
+    wait(&shared.key_full[place.stage], place.parity);
+    begin_products();
+    score<T, D, N>(scores, query, shared.key[place.stage]);
+    commit_products();
+    wait_products<0>();
+    pin(scores);
+    if (signals) arrive(&shared.key_empty[place.stage]);
+    mask_keys<N>(scores, arguments.keys - (key_blocks - 1) * N);
+    exponentiate<N, true, K::kPolynomial>(scores, rows, decay, arguments.scale);
+    to_operand<N, T>(scores, weights);
+
+    for (int block = 1; block < key_blocks; ++block) {
+      const RingPlace<K::kStages> previous = place;
+      place.next();
+      wait(&shared.key_full[place.stage], place.parity);
+      wait(&shared.value_full[previous.stage], previous.parity);
+      Baton<K>::await(warpgroup);
+      pin(scores);
+      pin(sums);
+      begin_products();
+      score<T, D, N>(scores, query, shared.key[place.stage]);
+      commit_products();
+      weigh<T, D, N>(sums, weights, shared.value[previous.stage], block > 1);
+      commit_products();
+      Baton<K>::hand_on(warpgroup);
+      wait_products<1>();
+      pin(scores);
+      if (signals) arrive(&shared.key_empty[place.stage]);
+      const bool decays = exponentiate<N, false, K::kPolynomial>(scores, rows, decay, arguments.scale);
+      wait_products<0>();
+      pin(sums);
+      if (signals) arrive(&shared.value_empty[previous.stage]);
+      if (decays) {
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) sums[i] *= decay[i / 2 % 2];
+      }
+      to_operand<N, T>(scores, weights);
+    }
+    if (signals) arrive(&shared.query_empty[warpgroup]);
+
+    wait(&shared.value_full[place.stage], place.parity);
+    pin(sums);
+    begin_products();
+    weigh<T, D, N>(sums, weights, shared.value[place.stage], key_blocks > 1);
+    commit_products();
+    const float factor[2] = {1 / row_sum(rows.sum[0]), 1 / row_sum(rows.sum[1])};
+    if (threadIdx.x % 128 == 0) wait_stores_read<0>();  // of the tile before
+    sync_threads(4 + warpgroup, 128);
+    wait_products<0>();
+    pin(sums);
+    if (signals) arrive(&shared.value_empty[place.stage]);
+    place.next();
+    store_rows<T, D>(shared.out[warpgroup], sums, factor, &arguments.out, 4 + warpgroup, tile.row + warpgroup * kUnit,
+                     tile.head, tile.batch);
+  }
+  if (threadIdx.x % 128 == 0) wait_stores_read<0>();
+}
+
+// Turns one block's scores into weights, while the tensor cores compute the scores of the block after it (unless it is
+// the last) and sum the values of the block before it by `weights` (unless it is the first). Nothing is in flight at
+// the end of a step, so that the compiler need not wait on its own.
+template <class K, bool kFirst, bool kLast>
+__device__ inline void step_ahead(typename K::Shared& shared, const uint8_t* query, RingPlace<K::kStages>& place,
+                                  float (&scores)[K::N / 2], float (&next)[K::N / 2], float (&sums)[K::D / 2],
+                                  uint32_t (&weights)[K::N / 16][4], RowState& rows, bool adds, float scale) {
+  using T = typename K::T;
+  constexpr int D = K::D, N = K::N;
+  const bool signals = threadIdx.x % 32 == 0;
+  const int previous = (place.stage + K::kStages - 1) % K::kStages;
+  const uint32_t previous_parity = place.parity ^ (place.stage == 0);
+  float decay[2];
+  place.next();
+  if constexpr (!kLast) wait(&shared.key_full[place.stage], place.parity);
+  if constexpr (!kFirst) wait(&shared.value_full[previous], previous_parity);
+  pin(next);
+  pin(sums);
+  begin_products();
+  if constexpr (!kFirst) weigh<T, D, N>(sums, weights, shared.value[previous], adds);
+  if constexpr (!kLast) score<T, D, N>(next, query, shared.key[place.stage]);
+  commit_products();
+  const bool decays = exponentiate<N, kFirst, K::kPolynomial>(scores, rows, decay, scale);
+  wait_products<0>();
+  pin(sums);
+  pin(next);
+  if constexpr (!kLast) {
+    if (signals) arrive(&shared.key_empty[place.stage]);
+  }
+  if constexpr (!kFirst) {
+    if (signals) arrive(&shared.value_empty[previous]);
+    if (decays) {
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) sums[i] *= decay[i / 2 % 2];
+    }
+  }
+  to_operand<N, T>(scores, weights);
+}
+
+template <class K>
+__device__ inline void consume_ahead(typename K::Shared& shared, const LongArguments& arguments, int warpgroup) {
+  using T = typename K::T;
+  constexpr int D = K::D, N = K::N;
+  const int key_blocks = (arguments.keys + N - 1) / N;
+  const bool signals = threadIdx.x % 32 == 0;  // one thread of each warp
+  RingPlace<K::kStages> place;
+  uint32_t query_parity = 0;
+  float even[N / 2], odd[N / 2], sums[D / 2];
+  uint32_t weights[N / 16][4];
+  RowState rows;
+
+  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
+    const QueryTile tile(arguments, index, K::kWarpgroups);
+    if (warpgroup >= tile.active) {
+      stand_by<K>(shared, place, key_blocks, warpgroup);
+      continue;
+    }
+    const uint8_t* query = shared.query[warpgroup];
+    wait(&shared.query_full[warpgroup], query_parity);
+    query_parity ^= 1;
+
+    wait(&shared.key_full[place.stage], place.parity);
+    begin_products();
+    score<T, D, N>(even, query, shared.key[place.stage]);
+    commit_products();
+    wait_products<0>();
+    pin(even);
+    if (signals) arrive(&shared.key_empty[place.stage]);
+    mask_keys<N>(even, arguments.keys - (key_blocks - 1) * N);
+
+    if (key_blocks == 1) {
+      step_ahead<K, true, true>(shared, query, place, even, odd, sums, weights, rows, false, arguments.scale);
+    } else {
+      step_ahead<K, true, false>(shared, query, place, even, odd, sums, weights, rows, false, arguments.scale);
+      for (int pair = 0; pair < (key_blocks - 2) / 2; ++pair) {
+        step_ahead<K, false, false>(shared, query, place, odd, even, sums, weights, rows, pair > 0, arguments.scale);
+        step_ahead<K, false, false>(shared, query, place, even, odd, sums, weights, rows, true, arguments.scale);
+      }
+      if (key_blocks % 2 == 0) {
+        step_ahead<K, false, true>(shared, query, place, odd, even, sums, weights, rows, key_blocks > 2,
+                                   arguments.scale);
+      } else {
+        step_ahead<K, false, false>(shared, query, place, odd, even, sums, weights, rows, key_blocks > 3,
+                                    arguments.scale);
+        step_ahead<K, false, true>(shared, query, place, even, odd, sums, weights, rows, true, arguments.scale);
+      }
+    }
+    const int previous = (place.stage + K::kStages - 1) % K::kStages;
+    wait(&shared.value_full[previous], place.parity ^ (place.stage == 0));
+    pin(sums);
+    begin_products();
+    weigh<T, D, N>(sums, weights, shared.value[previous], key_blocks > 1);
+    commit_products();
+    if (signals) arrive(&shared.query_empty[warpgroup]);
+    const float factor[2] = {1 / row_sum(rows.sum[0]), 1 / row_sum(rows.sum[1])};
+    if (threadIdx.x % 128 == 0) wait_stores_read<0>();  // of the tile before
+    sync_threads(4 + warpgroup, 128);
+    wait_products<0>();
+    pin(sums);
+    if (signals) arrive(&shared.value_empty[previous]);
+    store_rows<T, D>(shared.out[warpgroup], sums, factor, &arguments.out, 4 + warpgroup, tile.row + warpgroup * kUnit,
+                     tile.head, tile.batch);
+  }
+  if (threadIdx.x % 128 == 0) wait_stores_read<0>();
+}
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
+    attention_long(const __grid_constant__ LongArguments arguments) {
+  extern __shared__ uint8_t memory[];
+  auto& shared =
+      *reinterpret_cast<typename K::Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&arguments.query);
+    prefetch_tensor_map(&arguments.key);
+    prefetch_tensor_map(&arguments.value);
+    prefetch_tensor_map(&arguments.out);
+    constexpr int kWarps = 4;
+    for (int w = 0; w < K::kWarpgroups; ++w) {
+      init_barrier(&shared.query_full[w], 1);
+      init_barrier(&shared.query_empty[w], kWarps);
+    }
+    for (int stage = 0; stage < K::kStages; ++stage) {
+      init_barrier(&shared.key_full[stage], 1);
+      init_barrier(&shared.value_full[stage], 1);
+      init_barrier(&shared.key_empty[stage], kWarps * K::kWarpgroups);
+      init_barrier(&shared.value_empty[stage], kWarps * K::kWarpgroups);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to the compiler to be the same in a warp
+  if (warpgroup == 0) {
+    give_registers<K::kGiven>();
+    if (threadIdx.x == 0) produce<K>(shared, arguments);
+  } else {
+    take_registers<K::kTaken>();
+    if constexpr (K::kAhead) {
+      consume_ahead<K>(shared, arguments, warpgroup - 1);
+    } else {
+      consume<K>(shared, arguments, warpgroup - 1);
+    }
+  }
+}
+
+template <class K>
+void launch_long(const AttentionProblem& problem, cudaStream_t stream) {
+  LongArguments arguments;
+  arguments.query = map_rows(problem, problem.query, problem.queries, kUnit);
+  arguments.key = map_rows(problem, problem.key, problem.keys, K::N, K::kWide);
+  arguments.value = map_rows(problem, problem.value, problem.keys, K::N, K::kWide);
+  arguments.out = map_rows(problem, problem.out, problem.queries, kUnit);
+  arguments.heads = problem.heads, arguments.queries = problem.queries, arguments.keys = problem.keys;
+  arguments.query_tiles = divide_up(problem.queries, K::kWarpgroups * kUnit);
+  arguments.tiles = arguments.query_tiles * problem.heads * problem.batch;
+  arguments.scale = problem.scale * kLog2E;
+  const int blocks =
+      arguments.tiles < K::kBlocks * problem.processors ? arguments.tiles : K::kBlocks * problem.processors;
+  launch(attention_long<K>, dim3(blocks), K::kThreads, K::kSharedBytes, stream, arguments);
+}
+
+}  // namespace sfast::attention

@@ -1,0 +1,132 @@
+// The softmax between attention's two matrix products, on scores that lie in registers as the first product left them:
+// thread t holds of row t / 4 % 8 + 8 r (within its warp's 16 rows) the columns 8 j + 2 (t % 4) + {0, 1} in
+// scores[4 j + 2 r + {0, 1}].
+//
+// Exponentials to base 2, of scores * scale - shift, where `scale` holds log2(e). The special function unit makes 16
+// of them in a cycle, no more than the tensor cores need scores at head size 64 and fewer at 40: so a part of them is
+// made of multiplications and additions instead. The shift follows the maximum of the row only when that has grown by
+// more than kSlack: what was summed before is scaled rarely, and exponentials stay below 2^kSlack.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sfast::attention {
+
+constexpr float kSlack = 8;
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+__device__ inline float exp2_special(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^x for x up to 100: 2^round(x) by adding to the exponent, 2^(rest in [-1/2, 1/2]) by the polynomial of degree 3
+// whose largest relative error is least (7.5e-5; rounding to fp16 costs up to 4.9e-4).
+__device__ inline float exp2_polynomial(float x) {
+  constexpr float kRound = 12582912.f;  // 1.5 x 2^23: adding it leaves the integer in the low bits
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-126.f));
+  const float shifted = x + kRound;
+  const float rest = x - (shifted - kRound);
+  const float power = fmaf(fmaf(fmaf(0.05517167f, rest, 0.24261113f), rest, 0.69326097f), rest, 0.99992806f);
+  return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+}
+
+// Of each row, over the four threads that share it.
+__device__ inline float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ inline float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ inline uint32_t pack(float low, float high, __half) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Scores of keys from `valid` on become minus infinity.
+template <int N>
+__device__ inline void mask_keys(float (&scores)[N / 2], int valid) {
+  const int first = 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    if (8 * (i / 4) + first + i % 2 >= valid) scores[i] = kMinusInfinity;
+  }
+}
+
+// The two rows of a thread: what their exponentials are shifted by (a maximum as it stood at some time, in units of
+// unscaled scores), and this thread's part of their sums.
+struct RowState {
+  float shift[2], sum[2];
+};
+
+// Puts the exponentials in place of the scores. Of 8 columns out of 64, `kPolynomial` are made without the special
+// function unit. Returns whether (for any row of the warp) earlier results must be multiplied by `decay`.
+template <int N, bool kFirst, int kPolynomial>
+__device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, float (&decay)[2], float scale) {
+  float top[2][2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r][0] = fmaxf(scores[2 * r], scores[2 * r + 1]);
+    top[r][1] = fmaxf(scores[4 + 2 * r], scores[4 + 2 * r + 1]);
+  }
+#pragma unroll
+  for (int i = 8; i < N / 2; ++i) top[i / 2 % 2][i / 4 % 2] = fmaxf(top[i / 2 % 2][i / 4 % 2], scores[i]);
+  float most[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) most[r] = row_max(fmaxf(top[r][0], top[r][1]));
+
+  bool decays = false;
+  if constexpr (kFirst) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.shift[r] = most[r], rows.sum[r] = 0;
+  } else {
+    const bool grown = (most[0] - rows.shift[0]) * scale > kSlack || (most[1] - rows.shift[1]) * scale > kSlack;
+    decays = __any_sync(~0u, grown);
+    if (decays) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float shift = fmaxf(most[r], rows.shift[r]);
+        decay[r] = exp2_special((rows.shift[r] - shift) * scale);
+        rows.shift[r] = shift, rows.sum[r] *= decay[r];
+      }
+    }
+  }
+
+  const float offset[2] = {-rows.shift[0] * scale, -rows.shift[1] * scale};
+  float sum[2][2] = {{rows.sum[0], 0}, {rows.sum[1], 0}};
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int r = i / 2 % 2;
+    const float x = fmaf(scores[i], scale, offset[r]);
+    const bool polynomial = (i / 4 + 1) * kPolynomial / 8 != i / 4 * kPolynomial / 8;  // evenly spread
+    scores[i] = polynomial ? exp2_polynomial(x) : exp2_special(x);
+    sum[r][i % 2] += scores[i];
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] = sum[r][0] + sum[r][1];
+  return decays;
+}
+
+// The exponentials as the first operand of the second product, 16 keys at a time.
+template <int N, typename T>
+__device__ inline void to_operand(const float (&scores)[N / 2], uint32_t (&weights)[N / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1], T());
+}
+
+}  // namespace sfast::attention
