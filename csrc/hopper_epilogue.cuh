@@ -10,6 +10,9 @@
 
 namespace sfast::hopper {
 
+// What an epilogue can do: each activation is code of its own, and most products have none.
+enum class Family { kPlain, kActivated, kGated };
+
 struct Tile {
   int x, y, image;  // first pixel of the result
   int column;       // first column of the result
@@ -216,11 +219,13 @@ __device__ inline void write_share(const HopperArguments& p, const Tile& tile, c
   }
 }
 
-// Calls `work` with the activation as a constant.
-template <bool kGate, typename Work>
+// Calls `work` with the activation as a constant, one of those that the family knows.
+template <Family kFamily, typename Work>
 __device__ inline void with_activation(HopperActivation activation, const Work& work) {
   using A = HopperActivation;
-  if constexpr (kGate) {
+  if constexpr (kFamily == Family::kPlain) {
+    work(std::integral_constant<A, A::kNone>());
+  } else if constexpr (kFamily == Family::kGated) {
     if (activation == A::kGelu) {
       work(std::integral_constant<A, A::kGelu>());
     } else {
@@ -234,10 +239,8 @@ __device__ inline void with_activation(HopperActivation activation, const Work& 
         return work(std::integral_constant<A, A::kGeluTanh>());
       case A::kGelu:
         return work(std::integral_constant<A, A::kGelu>());
-      case A::kSilu:
-        return work(std::integral_constant<A, A::kSilu>());
       default:
-        return work(std::integral_constant<A, A::kNone>());
+        return work(std::integral_constant<A, A::kSilu>());
     }
   }
 }

@@ -183,13 +183,14 @@ std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t devic
   const Device gpu = describe(device);
   if (!has_hopper(device) || !takes(problem)) return {};
   const auto& table = kernels(problem.bfloat16);
+  const bool activates = !problem.gated && problem.activation != HopperActivation::kNone;
   std::vector<HopperPlan> plans;
   const auto add = [&](HopperPlan plan) {
     plan.cost = estimate(problem, table[plan.kernel], plan, gpu.processors);
     plans.push_back(plan);
   };
   for (int k = 0; k < static_cast<int>(table.size()); ++k) {
-    if (table[k].gated != problem.gated) continue;
+    if (table[k].gated != problem.gated || table[k].activates != activates) continue;
     add({k, 1, 1});
     if (footprint(problem, table[k].rows).tiles() > 1) add({k, 2, 1});
     for (int splits = 2; splits <= kMostSplits && table[k].in_flight == 1; ++splits) {

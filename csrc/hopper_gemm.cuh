@@ -123,9 +123,10 @@ __device__ inline void multiply(float (&d)[kFragments][kN / 2], int steps, int f
   }
 }
 
-template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, bool kGate>
+template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily>
 __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(const __grid_constant__ HopperArguments p) {
   using C = Cut<kFragments, kConsumers, kAlternate, kN>;
+  constexpr bool kGate = kFamily == Family::kGated;
   constexpr int kColumns = kGate ? kN / 2 : kN, kGroups = kColumns / 32;
   // Whether a row of the residual finds room beside the sums, so that it can be asked for ahead of time.
   constexpr bool kAhead = !kGate && kFragments * kN / 2 + 4 * kGroups <= 150;  // registers
@@ -214,7 +215,7 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
           }
         }
         sync_cluster();
-        with_activation<kGate>(p.activation, [&](auto activation) {
+        with_activation<kFamily>(p.activation, [&](auto activation) {
           write_share<T, C::kRows, kN, kGate, C::kSumStride, activation.value>(p, tile, sums, thread, 128 * kConsumers);
         });
       } else {
@@ -222,7 +223,7 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
         uint32_t* const shared_bias = biases[turn_parity][consumer];
         if (thread % 128 < kN / 2) shared_bias[thread % 128] = bias;
         sync_threads(2 + consumer, 128);
-        with_activation<kGate>(p.activation, [&](auto activation) {
+        with_activation<kFamily>(p.activation, [&](auto activation) {
           write_rows<T, kFragments, kN, kGate, activation.value>(p, tile, row, d, shared_bias, residual);
         });
       }
@@ -235,29 +236,32 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
   }
 }
 
-template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, bool kGate>
+template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily>
 HopperKernel kernel_of() {
   using C = Cut<kFragments, kConsumers, kAlternate, kN>;
   return {C::kRows,
           kN,
-          kGate,
+          kFamily == Family::kGated,
+          kFamily == Family::kActivated,
           kAlternate ? kConsumers : 1,
           C::kThreads,
           C::kSharedBytes,
-          reinterpret_cast<const void*>(&multiply_tiles<T, kFragments, kConsumers, kAlternate, kN, kGate>)};
+          reinterpret_cast<const void*>(&multiply_tiles<T, kFragments, kConsumers, kAlternate, kN, kFamily>)};
 }
 
 // The cuts that pay: 320 and 640 columns are divided by 160, most others by 128 or 256.
 template <typename T>
 std::vector<HopperKernel> all_kernels() {
+  constexpr Family kPlain = Family::kPlain, kActivated = Family::kActivated, kGated = Family::kGated;
   return {
-      kernel_of<T, 1, 2, false, 256, false>(), kernel_of<T, 1, 2, false, 192, false>(),
-      kernel_of<T, 1, 2, false, 160, false>(), kernel_of<T, 1, 2, false, 128, false>(),
-      kernel_of<T, 1, 2, false, 96, false>(),  kernel_of<T, 1, 2, false, 64, false>(),
-      kernel_of<T, 2, 2, false, 128, false>(), kernel_of<T, 2, 2, false, 160, false>(),
-      kernel_of<T, 2, 2, true, 128, false>(),  kernel_of<T, 1, 2, false, 256, true>(),
-      kernel_of<T, 1, 2, false, 128, true>(),  kernel_of<T, 2, 2, false, 128, true>(),
-      kernel_of<T, 2, 2, true, 128, true>(),
+      kernel_of<T, 1, 2, false, 256, kPlain>(),     kernel_of<T, 1, 2, false, 192, kPlain>(),
+      kernel_of<T, 1, 2, false, 160, kPlain>(),     kernel_of<T, 1, 2, false, 128, kPlain>(),
+      kernel_of<T, 1, 2, false, 96, kPlain>(),      kernel_of<T, 1, 2, false, 64, kPlain>(),
+      kernel_of<T, 2, 2, false, 128, kPlain>(),     kernel_of<T, 2, 2, false, 160, kPlain>(),
+      kernel_of<T, 2, 2, true, 128, kPlain>(),      kernel_of<T, 1, 2, false, 256, kActivated>(),
+      kernel_of<T, 1, 2, false, 160, kActivated>(), kernel_of<T, 1, 2, false, 128, kActivated>(),
+      kernel_of<T, 1, 2, false, 256, kGated>(),     kernel_of<T, 1, 2, false, 128, kGated>(),
+      kernel_of<T, 2, 2, false, 128, kGated>(),     kernel_of<T, 2, 2, true, 128, kGated>(),
   };
 }
 

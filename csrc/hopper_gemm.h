@@ -77,7 +77,8 @@ struct HopperArguments {
 struct HopperKernel {
   int rows, columns;  // of a tile, columns counting value and gate
   bool gated;
-  int in_flight;  // tiles that a block works on at the same time
+  bool activates;  // and is for nothing else
+  int in_flight;   // tiles that a block works on at the same time
   int threads, shared_bytes;
   const void* function;
 };
