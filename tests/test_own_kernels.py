@@ -14,9 +14,9 @@ from tests.test_native_ops import ACTIVATIONS, check_conv2d, error, half, poison
 pytestmark = pytest.mark.gpu
 
 # rows x columns of a tile, and how blocks share the work; see all_kernels in csrc/hopper_gemm.cuh
-CUTS = ["128x256", "128x192", "128x160", "128x128", "128x96", "128x64", "256x128", "256x160", "256x128 alternating"]
+CUTS = ["128x256", "128x192", "128x160", "128x128", "128x96", "128x64", "256x128", "256x160", "128x128 alternating"]
 ACTIVATED_CUTS = ["128x256", "128x160", "128x128"]
-GATED_CUTS = ["128x256", "128x128", "256x128", "256x128 alternating"]
+GATED_CUTS = ["128x256", "128x128", "256x128", "128x128 alternating"]
 SHARING = ["", " paired", " split 2", " split 5", " split 8"]
 HALF, BFLOAT16 = (torch.float16, 2), (torch.bfloat16, 14)  # with their numbers in CUDA
 EPILOGUES = ["none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh"]
