@@ -113,6 +113,7 @@ class GraphPool:
         graph = torch.cuda.CUDAGraph()
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        torch.cuda.empty_cache()  # what running eager needed, warming up needs again on its own stream
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
                 # Compiles kernels, chooses plans, allocates workspaces of this stream.

@@ -46,7 +46,11 @@ def define(
             before = left_out()
             with torch.cuda.device_of(args[0]):
                 result = launch(*args)
-            return result if left_out() == before else _fill(result, reference(*args))
+            if left_out() == before:
+                return result
+            layouts = _layouts(result)
+            del result  # there need not be memory for both
+            return _lay_out(reference(*args), layouts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -61,12 +65,21 @@ def define(
     torch.library.register_fake(f"sfast::{name}", fake, lib=LIBRARY)
 
 
-def _fill(result: Any, right: Any) -> Any:
-    """In a rehearsal (see precompile.py): the reference's values in the kernel's layout, which what follows goes by."""
-    pairs = zip(result, right, strict=True) if isinstance(result, (tuple, list)) else [(result, right)]
-    for mine, reference in pairs:
-        mine.copy_(reference)
-    return result
+Layout = tuple[torch.Size, tuple[int, ...]]
+
+
+def _layouts(result: Any) -> list[Layout]:
+    """Sizes and strides of a result's tensors."""
+    return [(tensor.shape, tensor.stride()) for tensor in (result if isinstance(result, (tuple, list)) else [result])]
+
+
+def _lay_out(result: Any, layouts: list[Layout]) -> Any:
+    """In a rehearsal (see precompile.py): the reference's result in the kernel's layout, which what follows goes by."""
+    tensors = list(result) if isinstance(result, (tuple, list)) else [result]
+    for place, (tensor, (size, strides)) in enumerate(zip(tensors, layouts, strict=True)):
+        if tensor.stride() != strides and 0 not in strides:  # what is expanded cannot be written to
+            tensors[place] = tensor.new_empty_strided(size, strides).copy_(tensor)
+    return type(result)(tensors) if isinstance(result, (tuple, list)) else tensors[0]
 
 
 def first_line(error: Exception) -> str:

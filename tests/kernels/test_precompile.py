@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from sfast import fallback
 from sfast.kernels import op, precompile
 from sfast.kernels.triton_or_none import INTERPRETED, MISSING, tl, triton
 
@@ -231,23 +232,41 @@ def test_an_interrupted_rehearsal_leaves_kernels_usable(
     assert precompile.rehearse(lambda: kernels.run(16, 32), CUDA)
 
 
-def test_an_operator_answers_with_its_reference_when_a_launch_was_left_out(kernels: Kernels) -> None:
-    library = torch.library.Library("sfast", "FRAGMENT")
+LAYOUTS = {
+    "a column": lambda: torch.full((64, 2), 7.0)[:, 0],
+    "dense": lambda: torch.full((64,), 7.0),
+    "expanded": lambda: torch.full((1,), 7.0).expand(64),
+}
 
-    def launch(x: torch.Tensor) -> torch.Tensor:
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("several", [False, True])
+def test_an_operator_answers_with_its_reference_when_a_launch_was_left_out(
+    kernels: Kernels, layout: str, several: bool
+) -> None:
+    def launch(x: torch.Tensor) -> Any:
         kernels.double[(1,)](x, kernels.y, 64, BLOCK=64)
-        return torch.full((64, 2), 7.0)[:, 0]
+        return (LAYOUTS[layout](), x + 7) if several else LAYOUTS[layout]()
 
-    op.define("doubled_for_a_test(Tensor x) -> Tensor", lambda x: x * 2, lambda x: True, launch, torch.empty_like)
-    results = []
-    double = lambda: results.append(torch.ops.sfast.doubled_for_a_test(kernels.x))  # noqa: E731
+    def reference(x: torch.Tensor) -> Any:
+        return (x * 2, x + 2) if several else x * 2
+
+    name = f"doubled_for_a_test_{layout.replace(' ', '_')}_{several}"
+    returns = "(Tensor, Tensor)" if several else "Tensor"
+    op.define(f"{name}(Tensor x) -> {returns}", reference, lambda x: True, launch, reference)
+    results: list[Any] = []
+    double = lambda: results.append(getattr(torch.ops.sfast, name)(kernels.x))  # noqa: E731
     assert not precompile.rehearse(double, CUDA)
     double()
-    assert torch.equal(results[0], kernels.x * 2)
-    assert results[0].stride() == (2,), "in the layout of the kernel's result"
-    assert torch.equal(results[1], torch.full_like(kernels.x, 7))
+    if several:
+        assert torch.equal(results[0][1], kernels.x + 2)
+        results = [first for first, _ in results]
+    rehearsed, real = results
+    assert torch.equal(rehearsed, kernels.x * 2)
+    assert torch.equal(real, torch.full((64,), 7.0))
+    assert rehearsed.stride() == real.stride() or layout == "expanded", "what follows goes by the layout"
     assert blocks(kernels.driver) == [1]
-    del library
+    assert fallback.noted() == []
 
 
 class TestStartingTriton:
