@@ -16,14 +16,12 @@ constexpr int divide_up(int a, int b) {
 }
 
 // Tiles of `rows` tokens x 64 columns of one head.
-inline CUtensorMap map_rows(const AttentionProblem& problem, const AttentionOperand& operand, int tokens, int rows,
-                            bool wide = false) {
-  return encode_tensor_map(
-      {operand.address,
-       problem.bfloat16,
-       {wide ? problem.head_size * problem.heads : problem.head_size, tokens, wide ? 1 : problem.heads, problem.batch},
-       {operand.token, operand.head, operand.batch},
-       {64, rows, 1, 1}});
+inline CUtensorMap map_rows(const AttentionProblem& problem, const AttentionOperand& operand, int tokens, int rows) {
+  return encode_tensor_map({operand.address,
+                            problem.bfloat16,
+                            {problem.head_size, tokens, problem.heads, problem.batch},
+                            {operand.token, operand.head, operand.batch},
+                            {64, rows, 1, 1}});
 }
 
 inline void check(cudaError_t status, const char* what) {

@@ -19,16 +19,14 @@ struct LongArguments {
   float scale;  // times log2(e)
 };
 
-template <typename T_, int D_, int kWarpgroups_, int N_, int kStages_ = 2, int kPolynomial_ = 0,
-          bool kTurns_ = (kWarpgroups_ > 1), bool kAhead_ = false, bool kWide_ = false>
+template <typename T_, int D_, int kWarpgroups_, int N_>
 struct LongKernel {
   using T = T_;
-  static constexpr int D = D_, N = N_, kWarpgroups = kWarpgroups_, kStages = kStages_, kPolynomial = kPolynomial_;
-  static constexpr bool kTurns = kTurns_, kAhead = kAhead_, kWide = kWide_;
+  static constexpr int D = D_, N = N_, kWarpgroups = kWarpgroups_, kStages = 2;
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // on a processor
   static constexpr int kGiven = kWarpgroups == 3 ? 32 : 24;
-  static constexpr int kTaken = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 240 : 232;
+  static constexpr int kTaken = kWarpgroups == 3 ? 160 : kWarpgroups == 2 ? 240 : 232;
 
   static constexpr int kUnitBytes = tile_bytes<D>(kUnit), kBlockBytes = tile_bytes<D>(N);
   struct Shared {
@@ -85,11 +83,11 @@ __device__ inline void produce(typename K::Shared& shared, const LongArguments& 
       wait(&shared.key_empty[place.stage], place.parity ^ 1);
       arrive_expecting(&shared.key_full[place.stage], K::kBlockBytes);
       load_rows<K::D>(shared.key[place.stage], K::N, &arguments.key, &shared.key_full[place.stage], block * K::N,
-                      K::kWide ? 0 : tile.head, tile.batch, K::kWide ? tile.head * K::D : 0);
+                      tile.head, tile.batch);
       wait(&shared.value_empty[place.stage], place.parity ^ 1);
       arrive_expecting(&shared.value_full[place.stage], K::kBlockBytes);
       load_rows<K::D>(shared.value[place.stage], K::N, &arguments.value, &shared.value_full[place.stage], block * K::N,
-                      K::kWide ? 0 : tile.head, tile.batch, K::kWide ? tile.head * K::D : 0);
+                      tile.head, tile.batch);
       place.next();
     }
   }
@@ -100,13 +98,13 @@ __device__ inline void produce(typename K::Shared& shared, const LongArguments& 
 template <class K>
 struct Baton {
   __device__ static inline void hand_on(int warpgroup) {
-    if constexpr (K::kTurns) {
+    if constexpr (K::kWarpgroups > 1) {
       asm volatile("bar.arrive %0, 256;" ::"r"(1 + (warpgroup + 1) % K::kWarpgroups) : "memory");
     }
   }
 
   __device__ static inline void await(int warpgroup) {
-    if constexpr (K::kTurns) sync_threads(1 + warpgroup, 256);
+    if constexpr (K::kWarpgroups > 1) sync_threads(1 + warpgroup, 256);
   }
 };
 
@@ -155,7 +153,7 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
     pin(scores);
     if (signals) arrive(&shared.key_empty[place.stage]);
     mask_keys<N>(scores, arguments.keys - (key_blocks - 1) * N);
-    exponentiate<N, true, K::kPolynomial>(scores, rows, decay, arguments.scale);
+    exponentiate<N, true>(scores, rows, decay, arguments.scale);
     to_operand<N, T>(scores, weights);
 
     for (int block = 1; block < key_blocks; ++block) {
@@ -175,7 +173,7 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
       wait_products<1>();
       pin(scores);
       if (signals) arrive(&shared.key_empty[place.stage]);
-      const bool decays = exponentiate<N, false, K::kPolynomial>(scores, rows, decay, arguments.scale);
+      const bool decays = exponentiate<N, false>(scores, rows, decay, arguments.scale);
       wait_products<0>();
       pin(sums);
       if (signals) arrive(&shared.value_empty[previous.stage]);
@@ -199,112 +197,6 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
     pin(sums);
     if (signals) arrive(&shared.value_empty[place.stage]);
     place.next();
-    store_rows<T, D>(shared.out[warpgroup], sums, factor, &arguments.out, 4 + warpgroup, tile.row + warpgroup * kUnit,
-                     tile.head, tile.batch);
-  }
-  if (threadIdx.x % 128 == 0) wait_stores_read<0>();
-}
-
-// Turns one block's scores into weights, while the tensor cores compute the scores of the block after it (unless it is
-// the last) and sum the values of the block before it by `weights` (unless it is the first). Nothing is in flight at
-// the end of a step, so that the compiler need not wait on its own.
-template <class K, bool kFirst, bool kLast>
-__device__ inline void step_ahead(typename K::Shared& shared, const uint8_t* query, RingPlace<K::kStages>& place,
-                                  float (&scores)[K::N / 2], float (&next)[K::N / 2], float (&sums)[K::D / 2],
-                                  uint32_t (&weights)[K::N / 16][4], RowState& rows, bool adds, float scale) {
-  using T = typename K::T;
-  constexpr int D = K::D, N = K::N;
-  const bool signals = threadIdx.x % 32 == 0;
-  const int previous = (place.stage + K::kStages - 1) % K::kStages;
-  const uint32_t previous_parity = place.parity ^ (place.stage == 0);
-  float decay[2];
-  place.next();
-  if constexpr (!kLast) wait(&shared.key_full[place.stage], place.parity);
-  if constexpr (!kFirst) wait(&shared.value_full[previous], previous_parity);
-  pin(next);
-  pin(sums);
-  begin_products();
-  if constexpr (!kFirst) weigh<T, D, N>(sums, weights, shared.value[previous], adds);
-  if constexpr (!kLast) score<T, D, N>(next, query, shared.key[place.stage]);
-  commit_products();
-  const bool decays = exponentiate<N, kFirst, K::kPolynomial>(scores, rows, decay, scale);
-  wait_products<0>();
-  pin(sums);
-  pin(next);
-  if constexpr (!kLast) {
-    if (signals) arrive(&shared.key_empty[place.stage]);
-  }
-  if constexpr (!kFirst) {
-    if (signals) arrive(&shared.value_empty[previous]);
-    if (decays) {
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) sums[i] *= decay[i / 2 % 2];
-    }
-  }
-  to_operand<N, T>(scores, weights);
-}
-
-template <class K>
-__device__ inline void consume_ahead(typename K::Shared& shared, const LongArguments& arguments, int warpgroup) {
-  using T = typename K::T;
-  constexpr int D = K::D, N = K::N;
-  const int key_blocks = (arguments.keys + N - 1) / N;
-  const bool signals = threadIdx.x % 32 == 0;  // one thread of each warp
-  RingPlace<K::kStages> place;
-  uint32_t query_parity = 0;
-  float even[N / 2], odd[N / 2], sums[D / 2];
-  uint32_t weights[N / 16][4];
-  RowState rows;
-
-  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
-    const QueryTile tile(arguments, index, K::kWarpgroups);
-    if (warpgroup >= tile.active) {
-      stand_by<K>(shared, place, key_blocks, warpgroup);
-      continue;
-    }
-    const uint8_t* query = shared.query[warpgroup];
-    wait(&shared.query_full[warpgroup], query_parity);
-    query_parity ^= 1;
-
-    wait(&shared.key_full[place.stage], place.parity);
-    begin_products();
-    score<T, D, N>(even, query, shared.key[place.stage]);
-    commit_products();
-    wait_products<0>();
-    pin(even);
-    if (signals) arrive(&shared.key_empty[place.stage]);
-    mask_keys<N>(even, arguments.keys - (key_blocks - 1) * N);
-
-    if (key_blocks == 1) {
-      step_ahead<K, true, true>(shared, query, place, even, odd, sums, weights, rows, false, arguments.scale);
-    } else {
-      step_ahead<K, true, false>(shared, query, place, even, odd, sums, weights, rows, false, arguments.scale);
-      for (int pair = 0; pair < (key_blocks - 2) / 2; ++pair) {
-        step_ahead<K, false, false>(shared, query, place, odd, even, sums, weights, rows, pair > 0, arguments.scale);
-        step_ahead<K, false, false>(shared, query, place, even, odd, sums, weights, rows, true, arguments.scale);
-      }
-      if (key_blocks % 2 == 0) {
-        step_ahead<K, false, true>(shared, query, place, odd, even, sums, weights, rows, key_blocks > 2,
-                                   arguments.scale);
-      } else {
-        step_ahead<K, false, false>(shared, query, place, odd, even, sums, weights, rows, key_blocks > 3,
-                                    arguments.scale);
-        step_ahead<K, false, true>(shared, query, place, even, odd, sums, weights, rows, true, arguments.scale);
-      }
-    }
-    const int previous = (place.stage + K::kStages - 1) % K::kStages;
-    wait(&shared.value_full[previous], place.parity ^ (place.stage == 0));
-    pin(sums);
-    begin_products();
-    weigh<T, D, N>(sums, weights, shared.value[previous], key_blocks > 1);
-    commit_products();
-    if (signals) arrive(&shared.query_empty[warpgroup]);
-    const float factor[2] = {1 / row_sum(rows.sum[0]), 1 / row_sum(rows.sum[1])};
-    if (threadIdx.x % 128 == 0) wait_stores_read<0>();  // of the tile before
-    sync_threads(4 + warpgroup, 128);
-    wait_products<0>();
-    pin(sums);
-    if (signals) arrive(&shared.value_empty[previous]);
     store_rows<T, D>(shared.out[warpgroup], sums, factor, &arguments.out, 4 + warpgroup, tile.row + warpgroup * kUnit,
                      tile.head, tile.batch);
   }
@@ -342,11 +234,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     if (threadIdx.x == 0) produce<K>(shared, arguments);
   } else {
     take_registers<K::kTaken>();
-    if constexpr (K::kAhead) {
-      consume_ahead<K>(shared, arguments, warpgroup - 1);
-    } else {
-      consume<K>(shared, arguments, warpgroup - 1);
-    }
+    consume<K>(shared, arguments, warpgroup - 1);
   }
 }
 
@@ -354,8 +242,8 @@ template <class K>
 void launch_long(const AttentionProblem& problem, cudaStream_t stream) {
   LongArguments arguments;
   arguments.query = map_rows(problem, problem.query, problem.queries, kUnit);
-  arguments.key = map_rows(problem, problem.key, problem.keys, K::N, K::kWide);
-  arguments.value = map_rows(problem, problem.value, problem.keys, K::N, K::kWide);
+  arguments.key = map_rows(problem, problem.key, problem.keys, K::N);
+  arguments.value = map_rows(problem, problem.value, problem.keys, K::N);
   arguments.out = map_rows(problem, problem.out, problem.queries, kUnit);
   arguments.heads = problem.heads, arguments.queries = problem.queries, arguments.keys = problem.keys;
   arguments.query_tiles = divide_up(problem.queries, K::kWarpgroups * kUnit);

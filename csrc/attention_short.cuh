@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     wait_products<0>();
     pin(scores);
     mask_keys<N>(scores, arguments.keys);
-    exponentiate<N, true, 0>(scores, rows, decay, arguments.scale);
+    exponentiate<N, true>(scores, rows, decay, arguments.scale);
     to_operand<N, T>(scores, weights);
     if (turn == 0) wait(&shared.value_full, 0);
     begin_products();

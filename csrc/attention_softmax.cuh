@@ -2,10 +2,10 @@
 // thread t holds of row t / 4 % 8 + 8 r (within its warp's 16 rows) the columns 8 j + 2 (t % 4) + {0, 1} in
 // scores[4 j + 2 r + {0, 1}].
 //
-// Exponentials to base 2, of scores * scale - shift, where `scale` holds log2(e). The special function unit makes 16
-// of them in a cycle, no more than the tensor cores need scores at head size 64 and fewer at 40: so a part of them is
-// made of multiplications and additions instead. The shift follows the maximum of the row only when that has grown by
-// more than kSlack: what was summed before is scaled rarely, and exponentials stay below 2^kSlack.
+// Exponentials to base 2, of scores * scale - shift, where `scale` holds log2(e). The shift follows the maximum of the
+// row only when that has grown by more than kSlack: what was summed before is scaled rarely, and exponentials stay
+// below 2^kSlack. (Making an eighth to three eighths of them of multiplications and additions, beside the special
+// function unit, was measured at head sizes 40 to 128: no gain, and up to a tenth slower.)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,21 +18,10 @@ namespace sfast::attention {
 constexpr float kSlack = 8;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
-__device__ inline float exp2_special(float x) {
+__device__ inline float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// 2^x for x up to 100: 2^round(x) by adding to the exponent, 2^(rest in [-1/2, 1/2]) by the polynomial of degree 3
-// whose largest relative error is least (7.5e-5; rounding to fp16 costs up to 4.9e-4).
-__device__ inline float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 x 2^23: adding it leaves the integer in the low bits
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-126.f));
-  const float shifted = x + kRound;
-  const float rest = x - (shifted - kRound);
-  const float power = fmaf(fmaf(fmaf(0.05517167f, rest, 0.24261113f), rest, 0.69326097f), rest, 0.99992806f);
-  return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
 }
 
 // Of each row, over the four threads that share it.
@@ -74,9 +63,9 @@ struct RowState {
   float shift[2], sum[2];
 };
 
-// Puts the exponentials in place of the scores. Of 8 columns out of 64, `kPolynomial` are made without the special
-// function unit. Returns whether (for any row of the warp) earlier results must be multiplied by `decay`.
-template <int N, bool kFirst, int kPolynomial>
+// Puts the exponentials in place of the scores. Returns whether (for any row of the warp) earlier results must be
+// multiplied by `decay`.
+template <int N, bool kFirst>
 __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, float (&decay)[2], float scale) {
   float top[2][2];
 #pragma unroll
@@ -101,7 +90,7 @@ __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, floa
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float shift = fmaxf(most[r], rows.shift[r]);
-        decay[r] = exp2_special((rows.shift[r] - shift) * scale);
+        decay[r] = exp2((rows.shift[r] - shift) * scale);
         rows.shift[r] = shift, rows.sum[r] *= decay[r];
       }
     }
@@ -112,9 +101,7 @@ __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, floa
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int r = i / 2 % 2;
-    const float x = fmaf(scores[i], scale, offset[r]);
-    const bool polynomial = (i / 4 + 1) * kPolynomial / 8 != i / 4 * kPolynomial / 8;  // evenly spread
-    scores[i] = polynomial ? exp2_polynomial(x) : exp2_special(x);
+    scores[i] = exp2(fmaf(scores[i], scale, offset[r]));
     sum[r][i % 2] += scores[i];
   }
 #pragma unroll

@@ -28,10 +28,10 @@ constexpr int tile_bytes(int rows) {
 // One thread copies rows of one head, from `row` on; `barrier` expects tile_bytes(rows).
 template <int D>
 __device__ inline void load_rows(uint8_t* tile, int rows, const CUtensorMap* map, uint64_t* barrier, int row, int head,
-                                 int batch, int column = 0) {
+                                 int batch) {
 #pragma unroll
   for (int panel = 0; panel < kPanels<D>; ++panel) {
-    load_tile(tile + panel * rows * kRowBytes, map, barrier, column + panel * kPanelColumns, row, head, batch);
+    load_tile(tile + panel * rows * kRowBytes, map, barrier, panel * kPanelColumns, row, head, batch);
   }
 }
 
