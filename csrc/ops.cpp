@@ -30,9 +30,9 @@ STABLE_TORCH_LIBRARY(sfast_native, m) {
   // Whether a device runs the kernels of our own that this build has, so that `linear` takes all its activations.
   m.def("own_kernels(int device) -> bool");
 
-  // softmax(scale query key^T) value, for Hopper. query [B, H, Tq, D], key and value [B, H, Tk, D], float16 or bfloat16, D
-  // 40, 64, 80, 128 or 160, any strides of 16-byte multiples with contiguous D; scale positive. The result is a view of
-  // contiguous [B, Tq, H, D].
+  // softmax(scale query key^T) value, for Hopper. query [B, H, Tq, D], key and value [B, H, Tk, D], float16 or
+  // bfloat16, D 40, 64, 80, 128 or 160, any strides of 16-byte multiples with contiguous D; scale positive. The result
+  // is a view of contiguous [B, Tq, H, D].
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
 
   // One line for each problem met so far: what runs it, its milliseconds, how long the choice took.
