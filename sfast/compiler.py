@@ -16,6 +16,7 @@ from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.config import CompilationConfig
 from sfast.kernels.precompile import prepare
+from sfast.kernels.triton_or_none import MISSING
 from sfast.loop import Pictures
 from sfast.pixels import put_on_gpu, take_off_gpu
 from sfast.scheduler import Follower, leave
@@ -65,7 +66,7 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
             fallback.note(name, f"stays eager: {type(error).__name__}: {first}")
             continue
         component.install()
-        if config.enable_triton and component.state.device.type == "cuda":
+        if config.enable_triton and MISSING is None and component.state.device.type == "cuda":
             prepare()  # while the model is traced
     return target
 

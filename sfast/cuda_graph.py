@@ -107,7 +107,8 @@ class GraphPool:
             return runner
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
-        if not self._runners:
+        others = list(self._runners)  # none of them goes with its module while this one joins its pool
+        if all(other.handle != self.handle for other in others):
             self.handle = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
         runner = GraphRunner(self, inputs)
         graph = torch.cuda.CUDAGraph()
@@ -136,6 +137,7 @@ class GraphPool:
         runner.graph = graph
         runner.last_used = next(self._clock)
         self._runners.add(runner)
+        del others
         return runner
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:

@@ -113,7 +113,8 @@ def test_every_cut_of_a_convolution(ops, shape):
 
 def test_tiles_outnumber_the_processors(ops):
     """A block takes many tiles here, and the ring of stages goes round and round."""
-    for i, way in enumerate(ways(GATED_CUTS)):
+    whole = [way for way in ways(GATED_CUTS) if "split" not in way]  # so many tiles leave nobody to share one with
+    for i, way in enumerate(whole):
         m, n, k = 4096 + i, 2560, 640
         x, weight, bias = half(m, k), half(2 * n, k, scale=k**-0.5), half(2 * n)
         choose("linear", [2, m, n, k, k, k, 1, 0, 0, EPILOGUES.index("geglu")], way)
