@@ -19,16 +19,17 @@ KERNEL_CLASSES: tuple[tuple[str, str], ...] = (
     ("memset", r"memset"),
     ("memcpy", r"memcpy"),
     ("fused by inductor", r"^triton_(poi|red|per|for)"),
-    ("attention", r"flash|fmha|attention|sdpa|mha_"),
+    ("attention", r"flash|fmha|attention|sdpa|mha_|^few_keys|^exponentials"),
+    ("our products and convolutions", r"multiply_tiles"),  # one kernel for both; its name does not say which
     ("layout change", r"nchwtonhwc|nhwctonchw|tensor_?transpose|nchw_to_nhwc|nhwc_to_nchw"),
-    ("convolution", r"conv|fprop|winograd|implicit_gemm|wgrad|dgrad"),
+    ("convolution", r"conv|^_few_|fprop|winograd|implicit_gemm|wgrad|dgrad"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|_mm_|_mm\d*$|gemv"),
-    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^_(moments|apply|merge|whole_group)"),
-    ("layer norm", r"layer_?norm|rms_?norm"),
+    ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^(moments|apply|merge|whole_group)$"),
+    ("layer norm", r"layer_?norm|rms_?norm|^_turn_rows"),
     ("softmax", r"softmax"),
-    ("copy or cat", r"copy|cat(array|_)|concat|fill"),
+    ("copy or cat", r"copy|^_?cat(array|_)|catarray|concat|fill"),
     ("reduction", r"reduce"),
-    ("pointwise", r"^_gate|elementwise|vectorized|unrolled|pointwise|upsample"),
+    ("pointwise", r"^_(gate|blend|upsample)|sfast::.*apply<|elementwise|vectorized|unrolled|pointwise|upsample"),
 )
 
 
