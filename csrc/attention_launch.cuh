@@ -26,6 +26,7 @@ inline CUtensorMap map_rows(const AttentionProblem& problem, const AttentionOper
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // its error must not surface in a later call
     throw std::runtime_error(std::string("sfast_native::attention: ") + what + ": " + cudaGetErrorString(status));
   }
 }

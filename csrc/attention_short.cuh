@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
 
 template <class K>
 void launch_short(const AttentionProblem& problem, int units, cudaStream_t stream) {
+  constexpr int kMostHeads = 65535;  // of all batches: the second dimension of a grid
+  check(problem.heads * problem.batch <= kMostHeads ? cudaSuccess : cudaErrorInvalidConfiguration, "too many heads");
   ShortArguments arguments;
   arguments.query = map_rows(problem, problem.query, problem.queries, kUnit);
   arguments.key = map_rows(problem, problem.key, problem.keys, K::N);

@@ -24,9 +24,11 @@ template <typename... Parts>
     if (!(condition)) ::sfast::fail(__VA_ARGS__); \
   } while (false)
 
+// The error is taken out of CUDA's own record, too: there PyTorch would find it after some later call.
 #define CUDA_CHECK(call)                                                                  \
   do {                                                                                    \
     const cudaError_t status_ = (call);                                                   \
+    if (status_ != cudaSuccess) cudaGetLastError();                                       \
     SFAST_CHECK(status_ == cudaSuccess, #call, " failed: ", cudaGetErrorString(status_)); \
   } while (false)
 

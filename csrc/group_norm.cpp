@@ -38,6 +38,7 @@ void check_parameter(const std::optional<Tensor>& parameter, const char* name, c
 #ifdef SFAST_HOPPER
 
 bool group_norm_takes(Tensor x, int64_t num_groups) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && group_norm_fits(describe(x, num_groups));
 }
 

@@ -137,9 +137,10 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  dtype, aoti_torch_device_type_cuda(), like.get_device_index(),
-                                                  &made));
+  const auto status = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                               aoti_torch_device_type_cuda(), like.get_device_index(), &made);
+  SFAST_CHECK(status == AOTI_TORCH_SUCCESS, "sfast_native: no memory for a result of sizes ",
+              to_string({sizes.data(), sizes.size()}));
   return Tensor(made);
 }
 

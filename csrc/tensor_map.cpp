@@ -57,12 +57,21 @@ CUtensorMap encode_tensor_map(const TiledTensor& tensor) {
     if (d > 0) strides[d - 1] = 2 * tensor.strides[d - 1];  // bytes
   }
   CUtensorMap map;
-  const CUresult status =
-      encoder()(&map, tensor.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                static_cast<cuuint32_t>(rank), const_cast<void*>(tensor.address), sizes.data(), strides.data(),
-                tile.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(tensor.swizzle),
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  SFAST_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with error ", static_cast<int>(status));
+  const auto encode = [&] {
+    return encoder()(&map, tensor.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                     static_cast<cuuint32_t>(rank), const_cast<void*>(tensor.address), sizes.data(), strides.data(),
+                     tile.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(tensor.swizzle),
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {  // a thread whose first call this is
+    int device = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaSetDevice(device));  // binds the thread to the device's context
+    status = encode();
+  }
+  SFAST_CHECK(status == CUDA_SUCCESS, "sfast_native: cuTensorMapEncodeTiled failed with error ",
+              static_cast<int>(status));
   return map;
 }
 

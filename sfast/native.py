@@ -177,7 +177,8 @@ def _conv2d_fake(
 def _linear_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
-    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+    halves = 2 if activation.startswith("geglu") else 1
+    return x.new_empty([*x.shape[:-1], weight.shape[0] // halves])
 
 
 def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

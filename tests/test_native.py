@@ -201,7 +201,8 @@ def test_conv2d_fake_has_the_shape_of_conv2d(stride, padding, dilation, groups):
     assert fake.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_linear_fake_has_the_shape_of_linear():
-    fake = native._linear_fake(torch.randn(2, 5, 8), torch.randn(16, 8), None, None, "none")
-    assert fake.shape == (2, 5, 16)
+@pytest.mark.parametrize(("activation", "width"), [("none", 16), ("gelu", 16), ("geglu", 8), ("geglu_tanh", 8)])
+def test_linear_fake_has_the_shape_of_linear(activation, width):
+    fake = native._linear_fake(torch.randn(2, 5, 8), torch.randn(16, 8), None, None, activation)
+    assert fake.shape == (2, 5, width)
     assert fake.is_contiguous()

@@ -155,3 +155,6 @@ def test_what_is_not_supported_raises(attention):
         attention(query, key, value[:, :, :8], 0.125)
     with pytest.raises(RuntimeError, match="sfast_native::attention: scale must be positive"):
         attention(query, key, value, 0.0)
+    with pytest.raises(RuntimeError, match="sfast_native::attention: too many heads"):
+        attention(*heads(70000, 1, 8, 8, 40), 1.0)
+    torch.zeros(1, device="cuda").add_(1)  # PyTorch finds no error of ours behind its own kernel
