@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sfast.writes import writes
+from sfast.writes import writes, written_values
 
 
 def normalize(graph: Any) -> None:
@@ -25,6 +25,7 @@ def normalize(graph: Any) -> None:
     torch._C._jit_pass_constant_propagation(graph)
     _drop_identities(graph)
     _name_convolutions(graph)
+    _name_views(graph)
     _drop_layout_copies(graph)
     torch._C._jit_pass_cse(graph)
     torch._C._jit_pass_constant_pooling(graph)
@@ -105,6 +106,17 @@ def _name_convolutions(graph: Any) -> None:
         renamed.insertBefore(node)
         node.output().replaceAllUsesWith(renamed.output())
         node.destroy()
+
+
+def _name_views(graph: Any) -> None:
+    """`view` → `reshape`, which is the same where a view is possible, and a copy where we changed a layout before it."""
+    written = written_values(graph)  # what is written to must stay a view
+    for node in list(graph.nodes()):
+        if node.kind() == "aten::view" and "dtype" not in node.schema() and node.output().unique() not in written:
+            renamed = graph.create("aten::reshape", list(node.inputs()), 1)
+            renamed.insertBefore(node)
+            node.output().replaceAllUsesWith(renamed.output())
+            node.destroy()
 
 
 # They give the same values whatever the strides of their inputs are, and no view of them.

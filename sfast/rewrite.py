@@ -236,19 +236,28 @@ def _sums_asked_for_size(nodes: list[Any], results: list[Any]) -> list[Any]:
     sums = [node.output() for node in nodes if node.kind() == "aten::add" and node.output().unique() not in known]
     outside = [[use.user for use in value.uses() if _id(use.user) not in own] for value in sums]
     readers = {user.kind() for users in outside for user in users}
-    return [value for value, users in zip(sums, outside, strict=True) if users] if readers == {"aten::size"} else []
+    asked = [value for value, users in zip(sums, outside, strict=True) if users] if readers == {"aten::size"} else []
+    return asked if all(_operands(value, own) for value in asked) else []
+
+
+def _operands(value: Any, own: set[int]) -> list[Any]:
+    """The tensors outside of the match that a matched sum adds up; none if it adds what only the match computes."""
+    operands, pending = [], [value]
+    while pending:
+        source = pending.pop()
+        if _id(source.node()) not in own:
+            operands.append(source)
+        elif source.node().kind() == "aten::add":
+            pending += [each for each in source.node().inputs() if str(each.type()) == "Tensor"]
+        else:
+            return []
+    return operands
 
 
 def _ask_operands_for_size(graph: Any, value: Any, nodes: list[Any]) -> None:
     """The size of a sum that is about to go is the size to which its operands broadcast: asking for it touches no memory."""
     own = {_id(node) for node in nodes}
-    operands, pending = [], [value]
-    while pending:
-        source = pending.pop()
-        if _id(source.node()) in own:
-            pending += [each for each in source.node().inputs() if str(each.type()) == "Tensor"]
-        else:
-            operands.append(source)
+    operands = _operands(value, own)
     together = graph.create("prim::ListConstruct", operands, 1)
     together.output().setType(torch._C.ListType.ofTensors())
     together.insertAfter(value.node())

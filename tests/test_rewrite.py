@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfast.fusions.conv2d import CONV2D_ADD
-from sfast.fusions.group_norm import GROUP_NORM_SILU
+from sfast.fusions.conv2d import CONV2D_ADD, CONV2D_ADD_SILU
+from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
 from sfast.fusions.linear import LINEAR_SILU
 from sfast.fusions.video import SHIFT_TRANSPOSE_LAYER_NORM
@@ -203,12 +203,12 @@ def _kinds(forward: Callable[..., Any], *args: Tensor) -> list[str]:
         (lambda x: F.dropout(x, 0.5, training=False) * 2, ["aten::mul"]),
         (lambda x: x[:, :].sin(), ["aten::sin"]),
         (lambda x: (x / 1.0).tanh(), ["aten::tanh"]),
-        (lambda x: (x / 1.0).view(-1).sin(), ["aten::div", "aten::view", "aten::sin"]),
+        (lambda x: (x / 1.0).view(-1).sin(), ["aten::div", "aten::reshape", "aten::sin"]),
         (lambda x: (x / 2.0).sin(), ["aten::div", "aten::sin"]),
-        (lambda x: F.conv2d(x.view(1, 1, 3, 4), KERNEL).sin(), ["aten::view", "aten::conv2d", "aten::sin"]),
+        (lambda x: F.conv2d(x.view(1, 1, 3, 4), KERNEL).sin(), ["aten::reshape", "aten::conv2d", "aten::sin"]),
         (lambda x: x.t().contiguous().add(1).sin(), ["aten::t", "aten::add", "aten::sin"]),
         (lambda x: torch.cat([x.t().contiguous(), x.t()]).sin(), ["aten::t", "aten::cat", "aten::sin"]),
-        (lambda x: x.t().contiguous().view(-1).sin(), ["aten::t", "aten::contiguous", "aten::view", "aten::sin"]),
+        (lambda x: x.t().contiguous().view(-1).sin(), ["aten::t", "aten::contiguous", "aten::reshape", "aten::sin"]),
         (lambda x: x.t().contiguous(), ["aten::t", "aten::contiguous"]),
         (lambda x: x.clone().mul_(2).sin(), ["aten::clone", "aten::mul", "aten::sin"]),
         (lambda x: x.sin() + x.sin(), ["aten::sin", "aten::add"]),
@@ -230,3 +230,42 @@ def test_a_slice_with_computed_ends_stays() -> None:
 
 def test_division_by_one_stays_where_it_changes_the_dtype() -> None:
     assert _kinds(lambda x: (x / 1.0).sin(), torch.ones(3, dtype=torch.int64)) == ["aten::div", "aten::sin"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: (x.transpose(1, 2).contiguous() * 2).view(2, -1),
+        lambda x: torch.relu(x.transpose(1, 2).contiguous()).view(-1),
+    ],
+)
+def test_a_view_of_what_was_computed_from_a_dropped_copy(forward: Callable[..., Any]) -> None:
+    assert "aten::contiguous" not in _kinds(forward, torch.randn(2, 6, 4))
+    fused(forward, torch.randn(2, 6, 4), fusions=[LINEAR_SILU])
+
+
+def test_a_view_that_is_written_to_stays_one() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        y.view(-1)[::3] = 0
+        return y
+
+    assert "aten::view" in _kinds(forward, torch.randn(3, 4))
+    fused(forward, torch.randn(3, 4), fusions=[LINEAR_SILU])
+
+
+def test_a_sum_of_what_only_the_match_computes_is_not_asked_for_its_size() -> None:
+    def forward(x: Tensor, r: Tensor) -> Tensor:
+        total = F.conv2d(x, KERNEL) + r
+        return F.silu(total).reshape(total.shape[0], -1)
+
+    x, r = torch.randn(2, 1, 4, 5), torch.randn(2, 1, 3, 4)
+    assert fused(forward, x, r, fusions=[CONV2D_ADD_SILU, CONV2D_ADD]).fusions == {"conv2d_add": 1}
+
+
+def test_a_shift_without_dimensions() -> None:
+    def forward(x: Tensor, shift: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x + shift.reshape(()), 2, W[0], B))
+
+    x, shift = torch.randn(2, 8, 3, 3), torch.randn(1)
+    assert fused(forward, x, shift, fusions=[ADD_GROUP_NORM_SILU, GROUP_NORM_SILU]).fusions == {"group_norm_silu": 1}

@@ -21,10 +21,8 @@ def is_spread(value: Any) -> bool:
     if node.kind() not in ("aten::view", "aten::reshape"):
         return False
     sizes = node.inputsAt(1)
-    if not is_constant(sizes):
-        *_, sizes = sizes.node().inputs()
-    last = sizes.toIValue() if is_constant(sizes) else None
-    return (last[-1] if isinstance(last, list) else last) == 1
+    known = sizes.toIValue() if is_constant(sizes) else [size.toIValue() for size in sizes.node().inputs()]
+    return isinstance(known, list) and known[-1:] == [1]
 
 
 _X, _SHIFT = torch.randn(2, 26, 3, 5), torch.randn(2, 26, 1, 1)
