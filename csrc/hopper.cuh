@@ -92,12 +92,6 @@ __device__ inline void load_tile(void* to, const CUtensorMap* map, uint64_t* bar
                : "memory");
 }
 
-__device__ inline void load_tile(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
-  asm volatile(SFAST_TMA_LOAD "3d" SFAST_TMA_LOAD_TAIL " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
-               "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
-               : "memory");
-}
-
 __device__ inline void load_tile(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
   asm volatile(SFAST_TMA_LOAD "4d" SFAST_TMA_LOAD_TAIL " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
                "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
@@ -113,24 +107,10 @@ __device__ inline void load_tile_to(uint16_t blocks, void* to, const CUtensorMap
                : "memory");
 }
 
-__device__ inline void load_tile_to(uint16_t blocks, void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y,
-                                    int z, int w) {
-  asm volatile(SFAST_TMA_LOAD "4d" SFAST_TMA_LOAD_TAIL
-                              ".multicast::cluster [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
-               "l"(map), "r"(shared_address(barrier)), "h"(blocks), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
-
 #undef SFAST_TMA_LOAD
 #undef SFAST_TMA_LOAD_TAIL
 
 // What lies outside of the tensor is clipped.
-__device__ inline void store_tile(const CUtensorMap* map, const void* from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(x), "r"(y)
-               : "memory");
-}
-
 __device__ inline void store_tile(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)

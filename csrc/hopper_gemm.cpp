@@ -214,8 +214,7 @@ void prepare(const HopperProblem& problem, const HopperPlan& plan) {
   allow_shared_memory(kernels(problem.bfloat16)[plan.kernel]);
 }
 
-void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream,
-            bool overlap) {
+void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream) {
   const HopperKernel& kernel = kernels(problem.bfloat16)[plan.kernel];
   int device = 0;
   CUDA_CHECK(cudaGetDevice(&device));
@@ -238,11 +237,9 @@ void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPo
     made.id = cudaLaunchAttributeClusterDimension;
     made.val.clusterDim.x = cluster, made.val.clusterDim.y = 1, made.val.clusterDim.z = 1;
   }
-  if (overlap) {
-    cudaLaunchAttribute& made = attributes[config.numAttrs++];
-    made.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    made.val.programmaticStreamSerializationAllowed = 1;
-  }
+  cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   void* parameters[] = {&arguments};
   CUDA_CHECK(cudaLaunchKernelExC(&config, kernel.function, parameters));
 }

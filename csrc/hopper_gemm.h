@@ -52,8 +52,7 @@ std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t devic
 // Loads the plan's kernel, so that its first launch takes no longer than others.
 void prepare(const HopperProblem& problem, const HopperPlan& plan);
 
-void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream,
-            bool overlap = true);
+void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPointers& pointers, cudaStream_t stream);
 
 // ---- Between hopper_gemm.cpp and the kernels ----
 

@@ -27,19 +27,6 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return found;
 }
 
-CUtensorMapSwizzle swizzle_of(int bytes) {
-  switch (bytes) {
-    case 128:
-      return CU_TENSOR_MAP_SWIZZLE_128B;
-    case 64:
-      return CU_TENSOR_MAP_SWIZZLE_64B;
-    case 32:
-      return CU_TENSOR_MAP_SWIZZLE_32B;
-    default:
-      return CU_TENSOR_MAP_SWIZZLE_NONE;
-  }
-}
-
 }  // namespace
 
 CUtensorMap encode_tensor_map(const TiledTensor& tensor) {
@@ -60,7 +47,7 @@ CUtensorMap encode_tensor_map(const TiledTensor& tensor) {
   const auto encode = [&] {
     return encoder()(&map, tensor.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                      static_cast<cuuint32_t>(rank), const_cast<void*>(tensor.address), sizes.data(), strides.data(),
-                     tile.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(tensor.swizzle),
+                     tile.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult status = encode();

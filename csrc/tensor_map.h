@@ -14,12 +14,12 @@ struct TiledTensor {
   bool bfloat16 = false;         // or float16
   std::vector<int64_t> sizes;    // elements
   std::vector<int64_t> strides;  // elements, of all dimensions but the innermost; multiples of 8
-  std::vector<int64_t> tile;     // elements, at most 256 each; the innermost fills at most `swizzle` bytes
+  std::vector<int64_t> tile;     // elements, at most 256 each; the innermost fills at most 128 bytes
   std::vector<int64_t> step;     // takes each step-th element of a dimension; empty: all
-  int swizzle = 128;             // bytes: 128, 64, 32, or 0 for none
 };
 
-// Tiles are filled with zeros where they hang over the tensor. Raises what the driver says. No stream work.
+// Tiles lie in the 128-byte swizzle, and are filled with zeros where they hang over the tensor. Raises what the driver
+// says. No stream work.
 CUtensorMap encode_tensor_map(const TiledTensor& tensor);
 
 }  // namespace sfast
