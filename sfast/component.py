@@ -97,10 +97,12 @@ class Component:
             call = flatten((args, kwargs), tensors)
         except UnsupportedStructure as error:
             return self._stay_eager(str(error), args, kwargs)
+        changes = self.state.changes
         ahead = self._run_ahead(call, tensors) if self.config.enable_cuda_graph and self.state.in_place() else None
-        if not self.state.refresh() and ahead is not None:
-            return ahead.result()
+        self.state.refresh()
         if ahead is not None:
+            if self.state.changes == changes:  # it may have been noticed by another thread, or on the way
+                return ahead.result()
             ahead.take_back()
         if self.state.version != self._version:
             with self._lock:
@@ -122,7 +124,7 @@ class Component:
         try:
             return plan.call.unflatten(self._run(plan, tensors))
         except Exception as error:  # or it is eager's own: then eager raises it
-            self._note(f"ran eager at {describe_shapes(tensors)}: {_first_line(error)}")
+            self._note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
             return self.eager(*args, **kwargs)
 
     def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
@@ -164,8 +166,12 @@ class Component:
             runner = plan.runner
         replayed = runner(tensors) if runner is not None else None
         outputs = replayed if replayed is not None else plan.call.run(self.state.weights, tensors)
-        if plan.watch is not None:
-            self._look_for_a_loop(plan, plan.watch, tensors, outputs)
+        if (watch := plan.watch) is not None:
+            try:
+                self._look_for_a_loop(plan, watch, tensors, outputs)
+            except KeyboardInterrupt:
+                plan.watch = watch  # found once, it will be found again
+                raise
         return outputs
 
     def _look_for_a_loop(
@@ -198,7 +204,7 @@ class Component:
             try:
                 return loop(self.state.weights, self.state.pointers, self.pictures.count, tensors)
             except Exception as error:
-                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: {_first_line(error)}")
+                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
         loop.release()
         plan.loop = None
         return None
@@ -217,7 +223,7 @@ class Component:
             plan.pointers = self.state.pointers
         except Exception as error:
             plan.capture = False
-            self._note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {_first_line(error)}")
+            self._note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {fallback.reason(error)}")
 
     def _forget(self) -> None:
         for plan in self._plans.values():
@@ -274,12 +280,12 @@ class Component:
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
             except torch.OutOfMemoryError as exception:  # there may be more at the next call
-                self._note(f"ran eager once at {describe_shapes(tensors)}: {_first_line(exception)}")
+                self._note(f"ran eager once at {describe_shapes(tensors)}: {fallback.reason(exception)}")
                 return self.eager(*args, **kwargs) if check is None else check.give_back()
             except DecidesByValue as exception:  # so it does at every shape
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
-                failure = _first_line(exception)
+                failure = fallback.reason(exception)
                 fallback.logger.debug("%s: a candidate failed", self.name, exc_info=exception)
                 continue
             if error is None:
@@ -386,10 +392,3 @@ def _over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _autocast(device_type: str) -> Hashable:
     return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-
-
-def _first_line(error: BaseException) -> str:
-    # TorchScript tells its story bottom up: the cause stands in the last line.
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    line = (lines[-1] if "TorchScript" in lines[0] else lines[0]) if lines else ""
-    return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"

@@ -47,3 +47,11 @@ def forget() -> None:
     """Forget all notes, so that the next one is logged again."""
     with _lock:
         _noted.clear()
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that begins with its type."""
+    # TorchScript tells its story bottom up: the cause stands in the last line, but for where it was in Python.
+    lines = [line.strip() for line in str(error).strip().partition("\nAt:\n")[0].splitlines() if line.strip()]
+    line = (lines[-1] if "TorchScript" in lines[0] else lines[0]) if lines else ""
+    return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"

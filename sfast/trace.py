@@ -89,8 +89,24 @@ class Split:
 def _interpret(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     device_type = inputs[0].device.type if inputs else "cpu"
     with torch.no_grad(), torch.autocast(device_type, enabled=False), _plain_interpreter():
-        result = function(*inputs)
+        try:
+            result = function(*inputs)
+        except RuntimeError as error:
+            _raise_what_is_no_failure(str(error))
+            raise
     return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _raise_what_is_no_failure(text: str) -> None:
+    """TorchScript makes a RuntimeError of everything: an interruption must end the call, and memory may return."""
+    cause = text.rpartition("\nRuntimeError: ")[2].partition("\n")[0]
+    name, _, message = cause.partition(": ")
+    if name == "KeyboardInterrupt":
+        raise KeyboardInterrupt from None
+    if name == "SystemExit":
+        raise SystemExit(int(message) if message.isdecimal() else message) from None
+    if name == "OutOfMemoryError" or name.startswith("CUDA out of memory"):
+        raise torch.OutOfMemoryError(message if name == "OutOfMemoryError" else cause) from None
 
 
 def _callable(graph: Any) -> Callable[..., Any]:
