@@ -80,7 +80,8 @@ int64_t columns_out(const HopperKernel& kernel) {
 // Clusters that run at the same time; larger ones live within the 16 or 18 processors of one part of the chip.
 int64_t slots_of(const HopperPlan& plan, int processors) {
   const int cluster = plan.pair * plan.splits;
-  return cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster;
+  const int slots = cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster;
+  return std::max(slots, 1);  // a slice of a GPU may have fewer than 16
 }
 
 int64_t units_of(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan) {
