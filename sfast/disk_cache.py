@@ -14,7 +14,8 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
@@ -25,6 +26,7 @@ import torch
 from sfast.fallback import note
 
 MAGIC = "sfast cache 1"
+OUR_FILE = re.compile(r"[0-9a-f]{40}\.txt|\.\w{8}\.new")  # the second while it is written
 MOST_BYTES = 16 * 2**20  # of one file; none of ours comes near it
 
 
@@ -84,14 +86,23 @@ def put(namespace: str, key: str, value: str) -> bool:
 
 
 def clear() -> None:
-    """Forget everything.
+    """Forget everything; what is in the folder and not ours stays.
 
     Raises:
-        OSError: the folder cannot be removed.
+        OSError: something cannot be removed.
     """
     where = folder()
-    if where is not None and where.exists():
-        shutil.rmtree(where)
+    for file in files(where):
+        file.unlink(missing_ok=True)
+    if where is not None:
+        for place in (*where.glob("*/"), where):
+            with contextlib.suppress(OSError):  # somebody else's, too, or not there
+                place.rmdir()
+
+
+def files(where: Path | None) -> list[Path]:
+    """The files that we have put into a folder, or were about to, known by their names: also broken ones."""
+    return [] if where is None else [path for path in where.glob("*/*") if OUR_FILE.fullmatch(path.name)]
 
 
 @functools.cache
@@ -157,8 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if where is None:
         print("nothing is kept")
         return 0
-    if options.clear:
-        clear()
-    sizes = [path.stat().st_size for path in where.rglob("*") if path.is_file()] if where.exists() else []
+    try:
+        if where.exists() and not where.is_dir():
+            raise NotADirectoryError(f"{where} is no folder: nothing is kept")
+        if options.clear:
+            clear()
+        sizes = [path.stat().st_size for path in files(where)]
+    except OSError as error:
+        print(f"sfast cache: {error}", file=sys.stderr)
+        return 1
     print(f"{where}: {len(sizes)} files, {sum(sizes) / 2**10:.1f} KiB")
     return 0

@@ -178,6 +178,43 @@ def test_clear(folder: Path) -> None:
     assert disk_cache.get("plans", "a key") is None
 
 
+def test_clear_takes_nothing_that_is_not_ours(folder: Path) -> None:
+    theirs = [folder / "thesis.txt", folder / "plans" / "of mine.txt", folder / "a" / "b" / f"{'0' * 40}.txt"]
+    for file in theirs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    for namespace in ("plans", "choices"):
+        disk_cache.put(namespace, "a key", VALUE)
+        disk_cache.put(namespace, "a broken one", VALUE)
+    for file in (folder / "choices").iterdir():
+        file.write_text("broken")
+    (folder / "plans" / ".ab_c1234.new").write_text("half of a")
+    disk_cache.clear()
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(theirs)
+    assert not (folder / "choices").exists()
+
+
+def test_the_command_says_in_one_line_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    monkeypatch.setenv("SFAST_CACHE_DIR", str(file))
+    for arguments in ([], ["--clear"]):
+        assert disk_cache.main(arguments) == 1
+        assert capsys.readouterr().err == f"sfast cache: {file} is no folder: nothing is kept\n"
+    assert file.read_text() == "not a folder"
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setenv("SFAST_CACHE_DIR", str(tmp_path / "folder ü 日本"))
+    disk_cache.put("plans", "a key", VALUE)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert disk_cache.main(["--clear"]) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     disk_cache.put("plans", "a key", VALUE)
     assert disk_cache.main([]) == 0
