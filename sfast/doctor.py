@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 from sfast import disk_cache, versions
-from sfast.triton_cache import is_readable
+from sfast.triton_cache import broken_entries
 
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with fast fp16 matrix units that today's cuDNN and Triton still serve
 PIP = f"{shlex.quote(sys.executable)} -m pip"
@@ -246,7 +246,7 @@ def check_libraries() -> Iterator[Finding]:
 def check_kernel_cache() -> Iterator[Finding]:
     """The folder in which Triton keeps compiled kernels: can it be written, and do its files read back?"""
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     writable = os.access(there, os.W_OK | os.X_OK) and there.is_dir()
     if writable and not folder.exists():
         yield Finding("kernel cache", "ok", f"{folder} does not exist yet; the first kernel makes it")
@@ -259,8 +259,8 @@ def check_kernel_cache() -> Iterator[Finding]:
             f"export TRITON_CACHE_DIR={shlex.quote(str(Path.home() / '.cache' / 'triton'))}",
         )
         return
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    entries = {path.parent for path in files if not is_readable(path)}
+    files = [path for path in folder.glob("*/*") if path.is_file()]
+    entries = broken_entries(folder)
     detail = f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
     if entries:
         detail += (
@@ -277,12 +277,12 @@ def check_choices() -> Iterator[Finding]:
     if folder is None:
         yield Finding("choices", "note", "not kept for the next process: SFAST_CACHE_DIR is empty, or there is no home")
         return
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         fix = f"export SFAST_CACHE_DIR={shlex.quote(str(Path(tempfile.gettempdir()) / 'sfast'))}"
         yield Finding("choices", "note", f"{folder} cannot be written: every process measures kernels again", fix)
         return
-    files = [path for path in folder.rglob("*.txt") if path.is_file()] if folder.exists() else []
+    files = disk_cache.files(folder)
     size = sum(path.stat().st_size for path in files) / 2**10
     yield Finding("choices", "ok", f"{folder}: {len(files)} files, {size:.1f} KiB")
 

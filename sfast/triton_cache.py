@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 from sfast.elf import is_whole
 from sfast.fallback import note
+
+ENTRY = re.compile(r"[A-Z2-7]{52}")  # the base-32 digits of a SHA-256
 
 
 @functools.cache
@@ -31,12 +34,17 @@ def mend() -> bool:
 
 def remove_broken_entries(cache: Path) -> None:
     """Remove the entries (folders) of a cache that hold a truncated file."""
-    entries = [entry for entry in cache.glob("*") if entry.is_dir()]
-    broken = [entry for entry in entries if not all(map(is_readable, entry.iterdir()))]
+    broken = broken_entries(cache)
     for entry in broken:
         shutil.rmtree(entry, ignore_errors=True)  # another process may be mending it too
     if broken:
         note("Triton's kernel cache", f"{len(broken)} broken entries removed from {cache}; they are compiled anew")
+
+
+def broken_entries(cache: Path) -> list[Path]:
+    """The entries of a cache that hold a truncated file; other people's folders, in a shared one, are no entries."""
+    entries = [entry for entry in cache.glob("*") if ENTRY.fullmatch(entry.name) and entry.is_dir()]
+    return [entry for entry in entries if not all(map(is_readable, entry.iterdir()))]
 
 
 def is_readable(file: Path) -> bool:

@@ -136,7 +136,7 @@ def test_kernel_cache_states(tmp_path, monkeypatch):
     (finding,) = doctor.check_kernel_cache()
     assert (finding.state, "does not exist yet" in finding.detail) == ("ok", True)
 
-    entry = folder / "ABCDEF"
+    entry = folder / ("ABCDEF27" * 7)[:52]
     entry.mkdir(parents=True)
     (entry / "kernel.json").write_text('{"num_warps": 4}')
     (entry / "kernel.ptx").write_text("// a kernel")

@@ -11,6 +11,7 @@ from sfast import fallback
 from sfast.triton_cache import remove_broken_entries
 
 HEADER = b"\x7fELF\x02" + bytes(35) + struct.pack("<Q", 128) + bytes(10) + struct.pack("<HH", 64, 2) + bytes(2)
+ONE, TWO, THREE = (digit * 52 for digit in "AB7")  # Triton names entries by 52 digits of base 32
 WHOLE = {  # an ELF file whose table of two sections of 64 bytes starts at 128
     "launcher.so": HEADER + bytes(128 + 2 * 64 - len(HEADER)),
     "kernel.cubin": HEADER + bytes(128 + 2 * 64 - len(HEADER) + 5),
@@ -23,11 +24,11 @@ WHOLE = {  # an ELF file whose table of two sections of 64 bytes starts at 128
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     assert len(HEADER) == 64
-    for entry in ("one", "two", "three"):
+    for entry in (ONE, TWO, THREE):
         (tmp_path / entry).mkdir()
         for name, content in WHOLE.items():
             (tmp_path / entry / name).write_bytes(content)
-    (tmp_path / "three" / "tmp.pid_1").mkdir()  # another process is writing
+    (tmp_path / THREE / "tmp.pid_1").mkdir()  # another process is writing
     (tmp_path / "a file").write_bytes(b"")
     fallback.forget()
     return tmp_path
@@ -45,16 +46,26 @@ def test_whole_entries_stay_without_a_word(cache: Path, caplog: pytest.LogCaptur
 def test_an_entry_with_a_truncated_file_goes(
     cache: Path, name: str, kept: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = cache / "two" / name
+    file = cache / TWO / name
     file.write_bytes(
         WHOLE[name][: int(kept * len(WHOLE[name].rstrip())) if name != "kernel.cubin" else int(kept * 256)]
     )
     remove_broken_entries(cache)
-    assert sorted(entry.name for entry in cache.glob("*/")) == ["one", "three"]
+    assert sorted(entry.name for entry in cache.glob("*/")) == sorted([ONE, THREE])
     assert (cache / "a file").exists()
     assert [record.getMessage() for record in caplog.records] == [
         f"Triton's kernel cache: 1 broken entries removed from {cache}; they are compiled anew"
     ]
+
+
+def test_folders_that_are_not_tritons_stay(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".vscode", "kernels", ONE[1:], ONE + "A", ONE.lower()):
+        (cache / name).mkdir()
+        (cache / name / "settings.json").write_text("{ // with comments\n}")
+    before = sorted(cache.rglob("*"))
+    remove_broken_entries(cache)
+    assert sorted(cache.rglob("*")) == before
+    assert caplog.records == []
 
 
 def test_a_cache_that_is_not_there_is_whole(tmp_path: Path) -> None:
