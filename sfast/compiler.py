@@ -52,6 +52,8 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     for name, module in modules.items():
         installed = component_of(module)
         if installed is not None and installed.config == config:
+            if pictures is not None:
+                installed.pictures.join(pictures)
             continue
         if installed is not None:
             installed.remove()
@@ -91,6 +93,8 @@ def restore(target: T) -> T:
         installed = component_of(module)
         if installed is not None:
             installed.remove()
+            for follower in installed.pictures.followers:
+                follower.leave()
     leave(getattr(target, "scheduler", None))
     take_off_gpu(getattr(target, "image_processor", None))
     return target

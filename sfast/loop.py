@@ -26,12 +26,18 @@ class Pictures:
 
     def __init__(self, follower: Follower | None = None) -> None:
         self.count = 0
-        self._follower = follower
+        self.followers = [] if follower is None else [follower]
+
+    def join(self, other: Pictures) -> None:
+        """The components are another pipeline's, too (or the same one's, compiled again)."""
+        known = [follower.pipe() for follower in self.followers]
+        new = [follower for follower in other.followers if all(follower.pipe() is not pipe for pipe in known)]
+        self.followers = [follower for follower in (*self.followers, *new) if follower.pipe() is not None]
 
     def saw(self, component: str) -> None:
         """A component of the pipeline is called."""
-        if self._follower is not None:
-            self._follower.look()
+        for follower in self.followers:
+            follower.look()
         if component.startswith(BETWEEN_PICTURES):
             self.count += 1
 

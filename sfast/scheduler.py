@@ -49,17 +49,23 @@ class Follower:
 
     def __init__(self, pipe: Any) -> None:
         try:
-            self._pipe: Callable[[], Any] = weakref.ref(pipe)
+            self.pipe: Callable[[], Any] = weakref.ref(pipe)
         except TypeError:  # a stand-in for a pipeline, whose scheduler is its own affair
-            self._pipe = lambda: None
+            self.pipe = lambda: None
         self._scheduler: Any = None
 
     def look(self) -> None:
         """To be called often: before a scheduler's first step."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
+        scheduler = getattr(self.pipe(), "scheduler", None)
         if scheduler is not self._scheduler:
+            self.leave()
             self._scheduler = scheduler
-            follow(scheduler)
+        follow(scheduler)  # again, if another pipeline that shares it has been restored
+
+    def leave(self) -> None:
+        """The scheduler seen last is as it was."""
+        leave(self._scheduler)
+        self._scheduler = None
 
 
 def follow(scheduler: Any) -> None:

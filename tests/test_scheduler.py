@@ -95,6 +95,44 @@ def test_compile_and_restore_and_another_scheduler() -> None:
     assert not isinstance(pipe.scheduler.step, Instead)
 
 
+def test_a_scheduler_that_is_exchanged_is_left_and_so_is_one_that_no_call_has_seen() -> None:
+    pipe = sfast.compile(tiny.TINY["text-to-image"].build())
+    first = pipe.scheduler
+    pipe.scheduler = second = diffusers.DDIMScheduler.from_config(first.config)
+    tiny.TINY["text-to-image"].draw(pipe)
+    assert not isinstance(first.step, Instead) and isinstance(second.step, Instead)
+    pipe.scheduler = third = diffusers.DDIMScheduler.from_config(first.config)
+    sfast.restore(pipe)
+    assert not any(isinstance(scheduler.step, Instead) for scheduler in (first, second, third))
+
+
+def test_a_shared_scheduler_is_followed_while_one_pipeline_is_compiled() -> None:
+    one, two = (tiny.TINY["text-to-image"].build() for _ in range(2))
+    two.scheduler = one.scheduler
+    sfast.compile(one)
+    sfast.compile(two)
+    sfast.restore(two)
+    tiny.TINY["text-to-image"].draw(one)
+    assert isinstance(one.scheduler.step, Instead)
+    sfast.restore(one)
+    assert not isinstance(one.scheduler.step, Instead)
+
+
+def test_pipelines_that_share_their_modules_are_all_followed() -> None:
+    one = sfast.compile(tiny.TINY["text-to-image"].build())
+    two = diffusers.StableDiffusionPipeline(**one.components, requires_safety_checker=False)
+    two.set_progress_bar_config(disable=True)
+    for _ in range(3):
+        sfast.compile(sfast.compile(two))
+        sfast.compile(one)
+    assert len(one.unet.forward.pictures.followers) == 2
+    two.scheduler = diffusers.EulerDiscreteScheduler.from_config(one.scheduler.config)
+    tiny.TINY["text-to-image"].draw(two)
+    assert isinstance(one.scheduler.step, Instead) and isinstance(two.scheduler.step, Instead)
+    sfast.restore(one)
+    assert not isinstance(one.scheduler.step, Instead) and not isinstance(two.scheduler.step, Instead)
+
+
 def pictures(pipe: Any, callback: Callable[..., dict[str, Any]] | None = None) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(3)
     with torch.no_grad():
