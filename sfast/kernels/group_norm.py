@@ -68,7 +68,7 @@ def _add_group_norm_silu(
     x: Tensor, shift: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     rest = shift.shape[2:] if x.dim() != 5 else shift.shape[3:]  # a video may have one shift for each frame
-    if shift.dim() == x.dim() and shift.shape[1] == x.shape[1] and rest.numel() == 1:
+    if shift.dim() == x.dim() > 2 and shift.shape[1] == x.shape[1] and rest.numel() == 1:
         return _launch(x, shift, num_groups, weight, bias, eps, SILU | SHIFT)
     return _launch(x + shift, None, num_groups, weight, bias, eps, SILU)
 
@@ -149,7 +149,7 @@ class View(NamedTuple):
 def _view(x: Tensor, frames: int) -> tuple[Tensor, View]:
     """(x, made contiguous if it is neither channels-last, nor contiguous, nor a video in the order N T C H W; its view)."""
     C, S = x.shape[1], x.shape[2:].numel()
-    if S == 1 or (C > 1 and x.movedim(1, -1).is_contiguous()):
+    if (S == 1 or C > 1) and x.movedim(1, -1).is_contiguous():
         return x, View(frames, S // frames * C, C, 1)
     if x.dim() == 5 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
         rows = x.shape[3:].numel()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfast import fallback
 from sfast.kernels import group_norm
 from sfast.kernels.group_norm import add_group_norm_silu_reference, group_norm_reference, group_norm_silu_reference
 from tests.kernels.fp64 import assert_close_to_fp64
@@ -65,6 +66,14 @@ def test_shift(shift_shape, last, device) -> None:
     x, weight, bias = make((2, 20, 9, 11), torch.float32, device, last)
     inputs = (x, 3 * torch.randn(shift_shape, device=device), 2, weight, bias, 1e-5)
     assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
+def test_a_shift_where_there_are_channels_alone(device) -> None:
+    x, weight, bias = make((3, 20), torch.float32, device, False)
+    for shift in (torch.randn_like(x), torch.randn(20, device=device)):
+        inputs = (x, shift, 2, weight, bias, 1e-5)
+        assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+    assert fallback.noted() == []
 
 
 @pytest.mark.parametrize("size", [(9, 11), (64, 80)], ids=["whole groups", "tiles"])
@@ -155,7 +164,9 @@ def test_shapes_whose_layout_is_ambiguous(shape, device) -> None:
 def test_views_that_are_not_dense(device) -> None:
     wide = torch.randn(2, 40, 9, 22, device=device)
     frames = torch.randn(2, 3, 20, 4, 5, device=device).permute(0, 2, 1, 3, 4)  # [N, C, T, H, W] in memory order N T C
-    for x in (wide[:, ::2], wide[..., ::2], wide.permute(0, 1, 3, 2), wide[:, :, :1].expand(2, 40, 6, 22), frames):
+    pixels = wide[:, ::2, 0, 0], wide[:, :20, :1, :1], wide[:1, :, :1, :1].expand(2, 40, 1, 1)
+    expanded = wide[:, :, :1].expand(2, 40, 6, 22)
+    for x in (wide[:, ::2], wide[..., ::2], wide.permute(0, 1, 3, 2), expanded, frames, *pixels):
         inputs = (x, 2, None, None, 1e-5)
         assert_close_to_fp64(ops.group_norm_silu(*inputs), group_norm_silu_reference, *inputs)
 
