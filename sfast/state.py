@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
+import threading
 from collections.abc import Hashable
 from itertools import chain
 from typing import Any
@@ -80,6 +81,7 @@ class ModuleState:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.version = 0  # grows when a trace of before is no longer right
+        self.changes = 0  # how often anything was replaced or moved, whoever noticed
         self.weights: list[torch.Tensor] = []
         self.pointers: tuple[int, ...] = ()  # where the weights are: a captured graph is right while they stay
         self._unrest = 0  # how often the forward itself made a new version
@@ -89,24 +91,23 @@ class ModuleState:
         self._attributes = 0
         self._reread()
         self._layout = self._describe()
+        self._lock = threading.RLock()
 
-    def refresh(self) -> bool:
-        """Notice what was replaced or moved since the last call, and whether anything was.
-
-        It takes up to a millisecond for SDXL's 1,925 modules.
-        """
-        if not self._tree.same():
-            self._reread()
-        else:
-            pointers = self._addresses()
-            if pointers == self.pointers:
-                return False
-            self.pointers = pointers
-        layout = self._describe()
-        if layout != self._layout:
-            self._layout = layout
-            self.version += 1
-        return True
+    def refresh(self) -> None:
+        """Notice what was replaced or moved since the last call: up to a millisecond for SDXL's 1,925 modules."""
+        with self._lock:
+            if not self._tree.same():
+                self._reread()
+            else:
+                pointers = self._addresses()
+                if pointers == self.pointers:
+                    return
+                self.pointers = pointers
+            self.changes += 1
+            layout = self._describe()
+            if layout != self._layout:
+                self._layout = layout
+                self.version += 1
 
     def in_place(self) -> bool:
         """Whether the weights known so far are where they were: then what reads them there can do no harm."""

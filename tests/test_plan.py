@@ -16,9 +16,11 @@ class Replays:
 
     def __init__(self) -> None:
         self.graph, self.pool, self.calls = object(), self, 0
+        self.meanwhile: Callable[[], Any] = lambda: None
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         self.calls += 1
+        self.meanwhile()
         return [torch.full((1, 3), 7.0)]
 
     def drop(self, runner: Any) -> None:
@@ -68,6 +70,15 @@ def test_what_was_launched_ahead_is_not_returned_after_a_change(change: Callable
     change(module)
     result = module(x)
     assert runner.calls == launched
+    torch.testing.assert_close(result, Scaled.forward(module, x))
+
+
+def test_a_change_that_another_thread_has_noticed_meanwhile() -> None:
+    module, runner, x = _with_a_runner()
+    runner.meanwhile = module.forward.state.refresh
+    module.scale = 2.0
+    result = module(x)
+    assert runner.calls == 1
     torch.testing.assert_close(result, Scaled.forward(module, x))
 
 
