@@ -1,50 +1,54 @@
 """A function in the place of one object's method, until it is taken away again.
 
-It is called with the method it stands for. Other objects of the class are not touched, and a copy of the object, made by
-`copy` or `pickle`, has the method of its class.
+It is called with the method it stands for. Other objects of the class are not touched, and a copy of the object, shallow,
+deep or pickled, has the method of its class: what stands in its place is no part of the object's state.
 """
 
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
+
+STATE = "__getstate__"  # Python looks for it in the object first
 
 
 class Instead:
     """What stands in the object's own dictionary."""
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self.method = getattr(owner, name)
-        self._owner, self._name, self._function = owner, name, function
+        self.method, self._function = getattr(owner, name), function
         functools.update_wrapper(self, self.method, updated=())  # pipelines read signatures
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self.method, *args, **kwargs)
 
-    def __reduce__(self) -> Any:
-        return _own_method, (self._owner, self._name)
-
 
 def put(owner: Any, name: str, function: Callable[..., Any]) -> None:
     """Have `function(method, *args, **kwargs)` called where `owner.name(*args, **kwargs)` is."""
     vars(owner)[name] = Instead(owner, name, function)
+    vars(owner)[STATE] = functools.partial(_state_without, owner)
 
 
 def take_back(owner: Any, name: str) -> None:
     """The object's method is its class's again, if something stands in its place."""
     if isinstance(getattr(owner, "__dict__", {}).get(name), Instead):
         del vars(owner)[name]
+        if not any(isinstance(value, Instead) for value in vars(owner).values()):
+            vars(owner).pop(STATE, None)
 
 
 def is_free(owner: Any, name: str) -> bool:
     """Whether the object has the method of its class, with nothing in its place yet."""
-    method, own = getattr(type(owner), name, None), getattr(owner, "__dict__", None)
-    return (
-        method is not None and own is not None and (name not in own or getattr(own[name], "__func__", None) is method)
-    )
+    return hasattr(type(owner), name) and name not in getattr(owner, "__dict__", (name,))
 
 
-def _own_method(owner: Any, name: str) -> Any:
-    return types.MethodType(getattr(type(owner), name), owner)
+def _state_without(owner: Any) -> Any:
+    """The object's state as `copy` and `pickle` ask for it."""
+    of_class: Any = getattr(type(owner), STATE, None)
+    state = (
+        vars(owner) if of_class is getattr(object, STATE, None) else of_class(owner)
+    )  # before 3.11 `object` has none
+    if not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.items() if name != STATE and not isinstance(value, Instead)}
