@@ -30,7 +30,9 @@ class _Tree:
 
     modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
     types: list[type] = dataclasses.field(default_factory=list)  # their classes
-    modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those whose training mode counts
+    modal: list[torch.nn.Module] = dataclasses.field(
+        default_factory=list
+    )  # those that may compute something else in training
     live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
     contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
     getters: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # of modules' own attributes
@@ -163,7 +165,7 @@ class ModuleState:
             return "a submodule has forward hooks, which a compiled graph would not call"
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*tensors, *self.weights)]):
             return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
-        if any(map(_TRAINING, self._tree.modal)):
+        if any(map(_TRAINING, self._tree.modal)) and any(map(_is_random_or_learns, self._tree.modal)):
             return "the module is in training mode; call .eval() first"
         if self._unrest > MAX_UNREST:
             return "its forward exchanges its own tensors or submodules again and again"
@@ -207,8 +209,8 @@ class ModuleState:
 
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 _TRAINING = operator.attrgetter("training")
-# What computes something else in training. Others may be in training mode below an eval() module without consequence:
-# diffusers leaves the layers of a loaded LoRA like that.
+# What computes something else in training. Others may be in training mode without consequence: diffusers leaves the layers
+# of a loaded LoRA like that, and AnimateDiff's whole UNet. The root's own mode is one of its settings.
 _MODAL = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
@@ -234,11 +236,12 @@ def _exchanged(before: _Tree, after: _Tree) -> set[str]:
 
 def _read(root: torch.nn.Module) -> _Tree:
     tree = _Tree()
+    tree.attributes["training"] = bool, root.training
     opened: set[int] = set()
     for path, module in root.named_modules():
         tree.modules.append(module)
         tree.types.append(type(module))
-        if module is root or isinstance(module, _MODAL):
+        if isinstance(module, _MODAL):
             tree.modal.append(module)
         for place in (module._parameters, module._buffers, module._modules):
             if place:
@@ -278,6 +281,10 @@ def _read_attribute(tree: _Tree, path: str, value: Any, depth: int = 3) -> None:
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
     else:
         tree.attributes[path] = (type(value),)
+
+
+def _is_random_or_learns(module: torch.nn.Module) -> bool:
+    return module.training and getattr(module, "p", 1) > 0
 
 
 def _inner_addresses(tensor: torch.Tensor) -> list[int]:

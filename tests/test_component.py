@@ -166,11 +166,38 @@ def test_gradients_wanted_run_eager_with_one_line(net: Net, caplog: pytest.LogCa
     assert sfast.report(net).traces == 1
 
 
-def test_training_mode_runs_eager(net: Net) -> None:
-    sfast.compile(net.train())
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(6)], ids=["dropout", "batch norm"])
+def test_what_is_random_or_learns_runs_eager(layer: nn.Module) -> None:
+    net = sfast.compile(nn.Sequential(nn.Linear(6, 6), layer).requires_grad_(False).train())
     net(torch.randn(2, 6))
     report = sfast.report(net)
     assert report.traces == 0 and "training" in report.fallbacks[0][1]
+    x = torch.ones(2, 6)
+    torch.testing.assert_close(net.eval()(x), nn.Sequential.forward(net, x))
+    assert sfast.report(net).traces == 1
+
+
+class ByMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(self.linear(x))
+        return -y if self.training else y
+
+
+def test_training_mode_without_a_consequence_is_compiled() -> None:
+    net = sfast.compile(ByMode().requires_grad_(False))
+    for training in (True, False, True, False):
+        for x in torch.randn(3, 2, 6):
+            torch.testing.assert_close(net.train(training)(x), ByMode.forward(net, x))
+    report = sfast.report(net)
+    assert (report.traces, report.fallbacks) == (2, [])
+    net.dropout.p = 0.5
+    net.train()(x)
+    assert "training" in sfast.report(net).fallbacks[0][1]
 
 
 def test_inference_mode_and_autocast(net: Net) -> None:
