@@ -33,9 +33,9 @@ MOST_BYTES = 16 * 2**20  # of one file; none of ours comes near it
 def folder() -> Path | None:
     """Where everything is kept; None if nothing is."""
     asked = os.environ.get("SFAST_CACHE_DIR")
-    if asked is not None:
-        return Path(asked) if asked else None
     try:
+        if asked is not None:
+            return Path(asked).expanduser() if asked else None
         if os.name == "nt":
             return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sfast" / "Cache"
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfast"
@@ -102,7 +102,23 @@ def clear() -> None:
 
 def files(where: Path | None) -> list[Path]:
     """The files that we have put into a folder, or were about to, known by their names: also broken ones."""
-    return [] if where is None else [path for path in where.glob("*/*") if OUR_FILE.fullmatch(path.name)]
+    found = [] if where is None else [path for path in where.glob("*/*") if OUR_FILE.fullmatch(path.name)]
+    return [path for path in found if path.is_file()]
+
+
+def describe(where: Path) -> str:
+    """How much is kept in a folder, in one line.
+
+    Raises:
+        OSError: the folder is none, or cannot be looked into.
+    """
+    if where.exists() and not where.is_dir():
+        raise NotADirectoryError(f"{where} is no folder: nothing is kept")
+    sizes = []
+    for file in files(where):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+            sizes.append(file.stat().st_size)
+    return f"{where}: {len(sizes)} files, {sum(sizes) / 2**10:.1f} KiB"
 
 
 @functools.cache
@@ -169,13 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nothing is kept")
         return 0
     try:
-        if where.exists() and not where.is_dir():
-            raise NotADirectoryError(f"{where} is no folder: nothing is kept")
         if options.clear:
             clear()
-        sizes = [path.stat().st_size for path in files(where)]
+        print(describe(where))
     except OSError as error:
         print(f"sfast cache: {error}", file=sys.stderr)
         return 1
-    print(f"{where}: {len(sizes)} files, {sum(sizes) / 2**10:.1f} KiB")
     return 0

@@ -282,9 +282,10 @@ def check_choices() -> Iterator[Finding]:
         fix = f"export SFAST_CACHE_DIR={shlex.quote(str(Path(tempfile.gettempdir()) / 'sfast'))}"
         yield Finding("choices", "note", f"{folder} cannot be written: every process measures kernels again", fix)
         return
-    files = disk_cache.files(folder)
-    size = sum(path.stat().st_size for path in files) / 2**10
-    yield Finding("choices", "ok", f"{folder}: {len(files)} files, {size:.1f} KiB")
+    try:
+        yield Finding("choices", "ok", disk_cache.describe(folder))
+    except OSError as error:
+        yield Finding("choices", "note", f"{folder} cannot be looked into: {error.strerror}")
 
 
 def attempt(name: str) -> tuple[ModuleType | None, str]:

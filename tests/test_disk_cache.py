@@ -145,6 +145,8 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert disk_cache.folder() == tmp_path / ".cache" / "sfast"
+    monkeypatch.setenv("SFAST_CACHE_DIR", "~/another")  # as a service's settings or a Dockerfile give it
+    assert disk_cache.folder() == tmp_path / "another"
 
 
 def write_and_read(rounds: int, mine: int, wrong: object) -> None:
