@@ -42,6 +42,7 @@ def native_linear_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cuda
         and x.dtype in HALF
         and x.numel() > 0
+        and weight.dim() == 2
         and weight.shape[0] % 8 == 0
         and weight.shape[1] % 8 == 0
         and _agree(x, weight, bias)

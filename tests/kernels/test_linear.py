@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sfast.kernels import geglu
 from sfast.kernels.geglu import gate_with_gelu, linear_geglu_reference
 from sfast.kernels.linear_activation import linear_gelu_reference, linear_silu_reference
+from sfast.kernels.native_ops import native_linear_takes
 from tests.kernels.fp64 import assert_close_to_fp64, error
 
 ops = torch.ops.sfast
@@ -101,3 +103,9 @@ def test_fake_tensors(device) -> None:
         (ops.linear_silu, (x, weight, bias)),
     ]:
         torch.library.opcheck(call.default, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_weight_without_rows_is_left_to_the_reference() -> None:
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, device="cuda", dtype=torch.float16) for shape in ((2, 8), (8,)))
+        assert not native_linear_takes(x, weight, None)
