@@ -1,8 +1,9 @@
 """Writes the measured tables of the README from results.csv, so that no figure there is typed by hand.
 
 `python -m benchmarks.tables` replaces what stands between the two markers. For each model, size and batch it takes the
-latest run that measured sfast, and every figure of a line comes from that one run. The first table has each model at its
-own size, the second one what else was measured: other sizes and batches, and the strongest torch.compile there is.
+latest run that measured sfast beside torch.compile, and every figure of a line comes from that one run. The first table
+has each model at its own size, the second one what else was measured: other sizes and batches, and the strongest
+torch.compile there is.
 """
 
 import argparse
@@ -19,7 +20,7 @@ VARIANTS = ("eager", "compile-reduce-overhead", "sfast", "sfast-again")
 STRONGEST = "compile-max-autotune"
 
 Row = dict[str, str]
-NONE_YET = "No run of sfast has been recorded in `benchmarks/results.csv` yet."
+NONE_YET = "No run of sfast beside torch.compile has been recorded in `benchmarks/results.csv` yet."
 HEADER = (
     "| model | size, batch | eager | torch.compile | sfast | against eager / compile "
     "| first call: compile / sfast / again | peak memory: eager / sfast | error: eager / sfast |\n"
@@ -29,17 +30,22 @@ OTHERS = "| also | size, batch | torch.compile | sfast | against compile |\n|---
 
 
 def latest(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """For each case (model, precision, size, batch), variant -> row of the last run that has a row of sfast."""
+    """For each case (model, precision, size, batch), variant -> row of the last run of sfast beside torch.compile."""
     cases: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
     for row in rows:
         case = tuple(row[column] for column in ("model", "precision", "width", "height", "batch"))
         cases.setdefault(case, {}).setdefault(row["run"], {})[row["variant"]] = row
     found = []
     for runs in cases.values():
-        measured = [variants for variants in runs.values() if number(variants.get("sfast"), "ms") is not None]
+        measured = [variants for variants in runs.values() if _compares(variants)]
         if measured:
             found.append(measured[-1])
     return found
+
+
+def _compares(variants: dict[str, Row]) -> bool:
+    measured = {variant for variant, row in variants.items() if number(row, "ms") is not None}
+    return "sfast" in measured and any(variant.startswith("compile-") for variant in measured)
 
 
 def of_its_own_size(row: Row) -> bool:

@@ -42,8 +42,17 @@ def test_a_line_holds_the_figures_of_one_run():
 
 
 def test_what_was_not_measured_stays_empty():
-    line = tables.table([row("r1", "sfast", 5), row("r1", "eager", "")]).split("\n")[2]
-    assert line == "| sd15 fp16 | 512×512, 2 | – | – | **5.00 ms** | – / – | – / – / – s | – / – GiB | – / – |"
+    rows = [row("r1", "sfast", 5), row("r1", "compile-reduce-overhead", 6), row("r1", "eager", "")]
+    line = tables.table(rows).split("\n")[2]
+    assert (
+        line == "| sd15 fp16 | 512×512, 2 | – | 6.00 ms | **5.00 ms** | – / 1.20× | – / – / – s | – / – GiB | – / – |"
+    )
+
+
+def test_a_run_without_its_peer_is_not_shown():
+    rows = [row("r1", "compile-reduce-overhead", 7), row("r1", "sfast", 5), row("r2", "sfast", 4)]
+    assert "**5.00 ms**" in tables.table(rows)
+    assert tables.table(rows[2:]) == tables.NONE_YET
 
 
 def test_other_sizes_and_the_strongest_compile_stand_in_a_table_of_their_own():
