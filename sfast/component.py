@@ -124,7 +124,7 @@ class Component:
         try:
             return plan.call.unflatten(self._run(plan, tensors))
         except Exception as error:  # or it is eager's own: then eager raises it
-            self._note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
+            self.note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
             return self.eager(*args, **kwargs)
 
     def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
@@ -194,7 +194,7 @@ class Component:
             pairs = zip(result, whole, strict=True) if self.config.verify else ()
             if not all(verify.relative_error(mine, right) <= verify.tolerance(right) for mine, right in pairs):
                 loop.release()
-                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
+                self.note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
                 return
             plan.loop = loop
 
@@ -204,7 +204,7 @@ class Component:
             try:
                 return loop(self.state.weights, self.state.pointers, self.pictures.count, tensors)
             except Exception as error:
-                self._note(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
+                self.note(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
         loop.release()
         plan.loop = None
         return None
@@ -223,7 +223,7 @@ class Component:
             plan.pointers = self.state.pointers
         except Exception as error:
             plan.capture = False
-            self._note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {fallback.reason(error)}")
+            self.note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {fallback.reason(error)}")
 
     def _forget(self) -> None:
         for plan in self._plans.values():
@@ -247,13 +247,13 @@ class Component:
         """Find or make a trace for this call, check it against eager, and return the call's result."""
         if self.config.memory_format is torch.channels_last and self.state.device.type == "cuda":
             if not self._placement.make_channels_last(self.state.weights):
-                self._note("convolution weights that others look at (a state dict?) keep their memory format")
+                self.note("convolution weights that others look at (a state dict?) keep their memory format")
             self.state.refresh()
         if len(self._plans) >= MAX_PLANS:
             self._drop(self._plans.pop(next(iter(self._plans))))  # the oldest
         native.recall_choices(self.state.device)
         with fallback.timed(f"{self.name}: the eager call"):
-            check = verify.Check(self, args, kwargs) if self.config.verify else None
+            check = verify.check(self, self._placement, args, kwargs) if self.config.verify else None
         if check is not None and check.refused is not None:
             return self._give_up(signature, shapes, check.refused, check, args, kwargs)
 
@@ -280,7 +280,7 @@ class Component:
                 outputs = self._run(plan, tensors)
                 error = check.error(traced.output, outputs) if check is not None else None
             except torch.OutOfMemoryError as exception:  # there may be more at the next call
-                self._note(f"ran eager once at {describe_shapes(tensors)}: {fallback.reason(exception)}")
+                self.note(f"ran eager once at {describe_shapes(tensors)}: {fallback.reason(exception)}")
                 return self.eager(*args, **kwargs) if check is None else check.give_back()
             except DecidesByValue as exception:  # so it does at every shape
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
@@ -290,7 +290,7 @@ class Component:
                 continue
             if error is None:
                 if last_resort:
-                    self._note(f"runs without fusions at {describe_shapes(tensors)}: with them, {failure}")
+                    self.note(f"runs without fusions at {describe_shapes(tensors)}: with them, {failure}")
                 self._plans[signature, shapes] = plan
                 known = self._traces.setdefault(signature, [])
                 if traced not in known:
@@ -315,7 +315,7 @@ class Component:
             (functools.partial(_itself, traced), False) for traced in reversed(self._traces.get(signature, []))
         ]
         if sum(map(len, self._traces.values())) >= MAX_TRACES:
-            self._note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
+            self.note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
             return known
 
         def plain() -> Trace:
@@ -331,7 +331,7 @@ class Component:
     def _give_up(
         self, signature: Hashable, shapes: Hashable | None, why: str, check: verify.Check | None, args: Any, kwargs: Any
     ) -> Any:
-        self._note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
+        self.note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
         self._plans[signature if shapes is None else (signature, shapes)] = Plan(None)
         return self.eager(*args, **kwargs) if check is None else check.give_back()
 
@@ -358,10 +358,11 @@ class Component:
         return best
 
     def _stay_eager(self, why: str, args: Any, kwargs: Any) -> Any:
-        self._note(f"runs eager: {why}")
+        self.note(f"runs eager: {why}")
         return self.eager(*args, **kwargs)
 
-    def _note(self, why: str) -> None:
+    def note(self, why: str) -> None:
+        """Log a reason once, and keep it for the report."""
         if why not in self.fallbacks and len(self.fallbacks) <= MAX_NOTES:
             why = why if len(self.fallbacks) < MAX_NOTES else "more like these, at other shapes and structures"
             self.fallbacks[why] = None

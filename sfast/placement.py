@@ -21,6 +21,7 @@ class Placement:
     def __init__(self) -> None:
         self._relaid: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
         self._packed: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
+        self.keeps_layouts = False  # from now on: the module's own code asks for them
 
     def make_channels_last(self, weights: list[torch.Tensor]) -> bool:
         """Give convolution weights [K, C, R, S] the layout that tensor cores read, one after the other.
@@ -30,7 +31,7 @@ class Placement:
         Returns False if some had to stay because others look at them.
         """
         all_free = True
-        for weight in weights:
+        for weight in [] if self.keeps_layouts else weights:
             over_frames = weight.dim() == 5 and weight.shape[3:].numel() == 1
             if not isinstance(weight, torch.nn.Parameter) or not (weight.dim() == 4 or over_frames):
                 continue
@@ -60,7 +61,7 @@ class Placement:
 
     def undo(self) -> None:
         """Every weight has a storage of its own again, in its old memory format; but for those that others look at."""
-        packed, relaid = list(self._packed.values()), list(self._relaid.values())
+        packed = list(self._packed.values())
         together: dict[int, list[torch.nn.Parameter]] = {}
         for weight in packed:
             together.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
@@ -68,11 +69,17 @@ class Placement:
             if owned_alone([*group]):
                 for weight in group:
                     _move(weight, weight.data.clone())
+        self._packed.clear()
+        self.undo_layouts()
+
+    def undo_layouts(self) -> bool:
+        """Every convolution weight has its old memory format again; whether any had another."""
+        relaid = list(self._relaid.values())
         for weight in relaid:
             if owned_alone([weight]):
                 _move(weight, weight.data.contiguous())
-        self._packed.clear()
         self._relaid.clear()
+        return bool(relaid)
 
 
 def owned_alone(group: list[torch.Tensor]) -> bool:

@@ -16,6 +16,7 @@ from sfast.structure import UnsupportedStructure, flatten
 
 if TYPE_CHECKING:
     from sfast.component import Component
+    from sfast.placement import Placement
 
 # Largest ||compiled - eager|| / ||eager|| that rounding in another order explains. A wrong decision is far outside of it.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -80,6 +81,27 @@ class Check:
             if not error <= limit:
                 return f"relative error {error:.3g} against eager, allowed {limit:g}"
         return None
+
+
+def check(component: Component, placement: Placement, args: Any, kwargs: Any) -> Check:
+    """Eager's call, for comparison.
+
+    A forward may rely on the layout that convolutions give their results (`conv(x).view(n, -1)`): where it fails with
+    channels-last weights and works without, the weights keep the layout that they had.
+    """
+    try:
+        return Check(component, args, kwargs)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not placement.undo_layouts():
+            raise
+        component.state.refresh()
+        try:
+            found = Check(component, args, kwargs)
+        except Exception:
+            raise error from None  # eager's own; the layout returns with the next call
+        placement.keeps_layouts = True
+        component.note("convolution weights keep their memory format: the forward fails with another")
+        return found
 
 
 def tolerance(tensor: torch.Tensor) -> float:

@@ -1,8 +1,11 @@
 """Where convolution weights lie: images' and those over frames alone channels-last, others as they were; and back again."""
 
+import pytest
 import torch
 from torch.nn import Parameter
 
+import sfast
+from sfast.component import component_of
 from sfast.placement import Placement
 
 
@@ -25,3 +28,42 @@ def test_a_filter_that_others_look_at_stays() -> None:
     view = frames.data[0]
     assert not Placement().make_channels_last([frames])
     assert frames.is_contiguous() and view.is_contiguous()
+
+
+class Flat(torch.nn.Module):
+    """Relies on the layout of a convolution's result, as many classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).view(x.shape[0], -1)
+
+
+def test_a_forward_that_another_layout_breaks_keeps_the_one_it_had() -> None:
+    module = sfast.compile(Flat().eval().requires_grad_(False))
+    component = component_of(module)
+    assert component is not None
+    component._placement.make_channels_last(list(module.parameters()))  # as on a GPU
+    x = torch.randn(2, 3, 6, 5)
+    with pytest.raises(RuntimeError, match="view"):
+        component.eager(x)
+    expected = torch.nn.functional.conv2d(x, module.conv.weight.contiguous(), module.conv.bias, padding=1).flatten(1)
+    torch.testing.assert_close(module(x), expected)
+    assert module.conv.weight.is_contiguous()
+    assert component._placement.make_channels_last(list(module.parameters())) and module.conv.weight.is_contiguous()
+    assert [note for _, note in sfast.report(module).fallbacks] == [
+        "convolution weights keep their memory format: the forward fails with another"
+    ]
+
+
+def test_an_error_of_the_forward_itself_changes_no_layout() -> None:
+    module = sfast.compile(Flat().eval().requires_grad_(False))
+    component = component_of(module)
+    assert component is not None
+    component._placement.make_channels_last(list(module.parameters()))
+    with pytest.raises(RuntimeError, match="channels"):
+        module(torch.randn(2, 4, 6, 5))
+    assert component._placement.make_channels_last(list(module.parameters()))
+    assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
