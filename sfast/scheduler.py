@@ -3,8 +3,8 @@
 A pipeline keeps its timesteps on the GPU. Schedulers that look a timestep up in a table, or ask whether it is below zero
 (DDIM, DDPM, PNDM, LCM, ...), wait three times a step until the GPU has computed everything before; then the GPU waits
 until the next step has been launched. But the timestep is an element of `scheduler.timesteps`, and where it lies there
-says which: one copy of all of them, made before the first step, answers every question after it. The numbers are the same,
-so the pictures are, bit for bit.
+says which: one copy of all of them, made before the first step, answers every question after it. The numbers are the same; a
+factor that a scheduler computes from one is not rounded to half precision before it is multiplied with the latents.
 """
 
 from __future__ import annotations
