@@ -25,6 +25,9 @@ Way = Callable[..., Tensor]
 
 # Largest ||way - first|| / ||first||: more than rounding in another order explains, less than any mistake makes.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-3}  # fp32 products may round to TF32
+LOCAL = (
+    4  # times as much for the largest single difference to the largest number: one wrong row of thousands is a mistake
+)
 BETTER = 0.97  # of the first way's time: less is noise, and the first way has been running for years
 REPEATS = 8
 LONG, ENDLESS = 1.0, 20.0  # ms; fewer repetitions of such a call do
@@ -103,7 +106,7 @@ def _measure(question: str, device: torch.device, ways: Mapping[str, Way], input
     times: dict[str, float] = {}
     for name in others:
         try:
-            wrong = _difference(ways[name](*inputs), reference) / size
+            wrong = _difference(ways[name](*inputs), reference, size)
             if wrong <= TOLERANCE.get(reference.dtype, 0.0):
                 times[name] = _milliseconds(ways[name], inputs, device)
             else:
@@ -121,11 +124,14 @@ def _measure(question: str, device: torch.device, ways: Mapping[str, Way], input
     return min(times, key=lambda name: times[name])
 
 
-def _difference(result: Tensor, reference: Tensor) -> float:
-    """The norm of the difference; NaN, which no limit admits, where shape or dtype is another."""
+def _difference(result: Tensor, reference: Tensor, size: float) -> float:
+    """||result - reference|| / `size`, more where one number is far off; NaN, which no limit admits, for another shape."""
     if result.shape != reference.shape or result.dtype != reference.dtype:
         return float("nan")
-    return torch.linalg.vector_norm(result - reference, dtype=torch.float32).item()
+    difference = result - reference
+    everywhere = torch.linalg.vector_norm(difference, dtype=torch.float32).item() / size
+    somewhere = difference.abs().max().item() / reference.abs().max().item() / LOCAL
+    return max(everywhere, somewhere)
 
 
 def _milliseconds(way: Way, inputs: tuple[Any, ...], device: torch.device) -> float:

@@ -86,6 +86,19 @@ def test_a_wrong_way_is_refused_however_fast(monkeypatch, wrong) -> None:
     assert [what for what, _ in fallback.noted()] == ["wrong for twice"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_wrong_row_of_thousands_is_a_mistake(dtype) -> None:
+    x = torch.randn(8192, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def forgets_a_row(x: Tensor) -> Tensor:
+        result = x * 2
+        result[4097] = 0
+        return result
+
+    assert choice._difference(forgets_a_row(x), x * 2, (x * 2).norm().item()) > choice.TOLERANCE[dtype]
+    assert choice._difference((x.float() * 2.001).to(dtype), x * 2, (x * 2).norm().item()) <= choice.TOLERANCE[dtype]
+
+
 @pytest.mark.usefixtures("falls_back")
 def test_a_way_that_raises_is_skipped(monkeypatch) -> None:
     ways = Ways(monkeypatch, first=3.0, broken=0.1)
