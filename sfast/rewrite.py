@@ -25,6 +25,7 @@ class Fusion:
     """A chain of small operators and the single operator that replaces it.
 
     `torch.ops.sfast.<name>` takes the pattern's arguments in the pattern's order and returns what the pattern returns.
+    Fusions of one name are several spellings of one idea.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Fusion:
     #                            its kind, so it must differ from every constant inside the pattern
     needs: tuple[str, ...] = ()  # config fields that must be on
     only: Mapping[str, Callable[[Any], bool]] | None = None  # what the value of an argument must be in the graph
+    implied: tuple[str, ...] = ()  # arguments that the operator does not take, because the others tell it
 
 
 def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
@@ -44,7 +46,8 @@ def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
     if fusions:
         normalize(graph)
         unsafe = written_values(graph)
-        fired.update({fusion.name: fuse(graph, fusion, unsafe) for fusion in fusions})
+        for fusion in fusions:
+            fired[fusion.name] += fuse(graph, fusion, unsafe)
         _renew_constant_results(graph)
     torch._C._jit_pass_dce(graph)
     torch._C._jit_pass_lint(graph)
@@ -82,7 +85,7 @@ class _Pattern:
     outputs: list[Any]
     arguments: list[int]  # for each argument of the function: the id of its value
     argument_ids: set[int]
-    argument_types: list[Any]  # TorchScript types from the operator's schema
+    argument_types: list[Any]  # TorchScript types from the operator's schema; None for what it does not take
     conditions: list[Callable[[Any], bool] | None]  # for each argument
 
 
@@ -108,7 +111,8 @@ def _trace_pattern(fusion: Fusion) -> _Pattern:
         assert value is not None, f"{fusion.name}: the pattern does not use `{name}`"
         arguments.append(value.unique())
     schema = getattr(torch.ops.sfast, fusion.name).default._schema
-    types = [argument.type for argument in schema.arguments]
+    taken = iter(schema.arguments)
+    types = [None if name in fusion.implied else next(taken).type for name in names]
     conditions = [(fusion.only or {}).get(name) for name in names]
     return _Pattern(graph, list(graph.outputs()), arguments, set(arguments), types, conditions)
 
@@ -158,7 +162,8 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
     node = wanted.node()
     if key in pattern.argument_ids:
         place = pattern.arguments.index(key)
-        fits = value.type().isSubtypeOf(pattern.argument_types[place])
+        kind = pattern.argument_types[place]
+        fits = kind is None or (value.type().isSubtypeOf(kind) and not _is_number(value))
         condition = pattern.conditions[place]
         if fits and (condition is None or condition(value)):
             yield from _solve(rest, {**bound, key: value}, pattern)
@@ -179,6 +184,11 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
         yield from _solve([*zip(wanted_inputs, order, strict=True), *rest], bound, pattern)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is the 1 of `x + 1`: a tensor to the graph, but an operator of ours would be handed a number."""
+    return is_constant(value) and str(value.type()) == "Tensor" and not isinstance(value.toIValue(), torch.Tensor)
+
+
 def _commutes(node: Any, inputs: list[Any]) -> bool:
     if node.kind() == "aten::add":
         return len(inputs) == 3 and is_constant(inputs[2]) and inputs[2].toIValue() == 1
@@ -195,6 +205,7 @@ def _ids(values: list[Any]) -> list[int]:
 def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any], unsafe: frozenset[int]) -> bool:
     """Put the operator in the place of the matched nodes, unless that could change what the graph computes."""
     arguments = [match[key] for key in pattern.arguments]
+    taken = [value for value, kind in zip(arguments, pattern.argument_types, strict=True) if kind is not None]
     results = [match[key] for key in _ids(pattern.outputs)]
     inner = [value for key, value in match.items() if key not in pattern.argument_ids]
     distinct = {_id(value.node()): value.node() for value in inner}
@@ -207,7 +218,7 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
         return False
     for value in sums:
         _ask_operands_for_size(graph, value, nodes)
-    fused = graph.create(f"sfast::{fusion.name}", arguments, len(results))
+    fused = graph.create(f"sfast::{fusion.name}", taken, len(results))
     fused.insertBefore(place)
     for old, new in zip(results, fused.outputs(), strict=True):
         old.replaceAllUsesWith(new)
