@@ -21,6 +21,7 @@ from sfast.config import CompilationConfig
 from sfast.cuda_graph import pool_of
 from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Pictures, Watch
+from sfast.lora import take_scale
 from sfast.placement import Placement
 from sfast.plan import Ahead, EagerCall, Plan, RandomOffset
 from sfast.state import ModuleState
@@ -84,6 +85,7 @@ class Component:
                 self.module.__dict__[place] = self.eager
         with self._lock:
             self._forget()
+            self.state.adapters.take_out()
             self._placement.undo()
 
     # --------------------------------------------------------------------------------------------------------- calling
@@ -92,9 +94,11 @@ class Component:
         if not self._active or is_tracing() or torch.compiler.is_compiling():
             return self.eager(*args, **kwargs)
         self.pictures.saw(self.name)
+        self.state.picture = self.pictures.count
+        plain, self.state.scale = take_scale(type(self.module).forward, kwargs)
         tensors: list[torch.Tensor] = []
         try:
-            call = flatten((args, kwargs), tensors)
+            call = flatten((args, plain), tensors)
         except UnsupportedStructure as error:
             return self._stay_eager(str(error), args, kwargs)
         changes = self.state.changes
@@ -108,7 +112,10 @@ class Component:
             with self._lock:
                 self._forget()  # another computation: what was traced for the one before is never asked again
                 self._version = self.state.version
+        self._merge_adapters()
         why = self.state.why_eager(tensors)
+        if why is None and not self.config.enable_jit and self.state.adapters.present:
+            why = "it has adapters, which only a trace leaves out; set `enable_jit`"
         if why is not None:
             return self._stay_eager(why, args, kwargs)
 
@@ -126,6 +133,11 @@ class Component:
         except Exception as error:  # or it is eager's own: then eager raises it
             self.note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
             return self.eager(*args, **kwargs)
+
+    def _merge_adapters(self) -> None:
+        if self.state.adapters.dirty:
+            with self._lock, fallback.timed(f"{self.name}: merging adapters"):
+                self.state.merge_adapters()
 
     def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
         """The tensors where the module is, the call's signature, and the shapes."""
@@ -246,9 +258,7 @@ class Component:
     ) -> Any:
         """Find or make a trace for this call, check it against eager, and return the call's result."""
         if self.config.memory_format is torch.channels_last and self.state.device.type == "cuda":
-            if not self._placement.make_channels_last(self.state.weights):
-                self.note("convolution weights that others look at (a state dict?) keep their memory format")
-            self.state.refresh()
+            self._lay_out()
         if len(self._plans) >= MAX_PLANS:
             self._drop(self._plans.pop(next(iter(self._plans))))  # the oldest
         native.recall_choices(self.state.device)
@@ -310,7 +320,7 @@ class Component:
         """Ways to compute this call, best first: a trace of another shape, a new one, one without fusions (and True)."""
         if not self.config.enable_jit:
             return [(functools.partial(EagerCall, self.eager, call), False)]
-        weights = self.state.weights
+        own, adapters = self.state.own, self.state.adapters
         known: list[tuple[Callable[[], Trace | EagerCall], bool]] = [
             (functools.partial(_itself, traced), False) for traced in reversed(self._traces.get(signature, []))
         ]
@@ -319,12 +329,12 @@ class Component:
             return known
 
         def plain() -> Trace:
-            with fallback.timed(f"{self.name}: tracing without fusions"):
-                return trace(self.eager, weights, call, tensors, [])
+            with fallback.timed(f"{self.name}: tracing without fusions"), adapters.left_out():
+                return trace(self.eager, own, call, tensors, [])
 
         def fused() -> Trace:
-            with fallback.timed(f"{self.name}: tracing and rewriting"):
-                return trace(self.eager, weights, call, tensors, self.fusions, self.config.enable_merged_linears)
+            with fallback.timed(f"{self.name}: tracing and rewriting"), adapters.left_out():
+                return trace(self.eager, own, call, tensors, self.fusions, self.config.enable_merged_linears)
 
         return [*known, (fused, False), (plain, True)]
 
@@ -335,11 +345,18 @@ class Component:
         self._plans[signature if shapes is None else (signature, shapes)] = Plan(None)
         return self.eager(*args, **kwargs) if check is None else check.give_back()
 
+    def _lay_out(self) -> None:
+        """Give convolution weights the layout that tensor cores read."""
+        if self._placement.wants(self.state.own):
+            with self.state.without_adapters():
+                if not self._placement.make_channels_last(self.state.own):
+                    self.note("convolution weights that others look at (a state dict?) keep their memory format")
+
     def _bring_together(self, call: Trace | EagerCall) -> None:
         """Make neighbours in memory of the weights that a merged linear layer reads as one matrix."""
-        if isinstance(call, Trace) and call.packs:
-            self._placement.bring_together(call.packs, self.state.weights)
-            self.state.refresh()
+        if isinstance(call, Trace) and not self._placement.are_together(call.packs, self.state.weights):
+            with self.state.without_adapters():
+                self._placement.bring_together(call.packs, self.state.own)
 
     def counts(self) -> tuple[int, int]:
         """How often the module was traced, and how many captured graphs there are."""

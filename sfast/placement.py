@@ -23,6 +23,10 @@ class Placement:
         self._packed: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
         self.keeps_layouts = False  # from now on: the module's own code asks for them
 
+    def wants(self, weights: list[torch.Tensor]) -> bool:
+        """Whether `make_channels_last` has anything to do."""
+        return not self.keeps_layouts and any([_other_layout(weight) is not None for weight in weights])
+
     def make_channels_last(self, weights: list[torch.Tensor]) -> bool:
         """Give convolution weights [K, C, R, S] the layout that tensor cores read, one after the other.
 
@@ -32,18 +36,21 @@ class Placement:
         """
         all_free = True
         for weight in [] if self.keeps_layouts else weights:
-            over_frames = weight.dim() == 5 and weight.shape[3:].numel() == 1
-            if not isinstance(weight, torch.nn.Parameter) or not (weight.dim() == 4 or over_frames):
+            last = _other_layout(weight)
+            if last is None:
                 continue
-            last = torch.channels_last_3d if over_frames else torch.channels_last
-            if not weight.is_contiguous() or weight.is_contiguous(memory_format=last):
-                continue
+            assert isinstance(weight, torch.nn.Parameter)
             if owned_alone([weight]):
                 _move(weight, weight.data.contiguous(memory_format=last))
                 self._relaid[id(weight)] = weight
             else:
                 all_free = False
         return all_free
+
+    def are_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> bool:
+        """Whether the weights of each pack are neighbours."""
+        groups = [[weights[i] for i in places] for pack in packs for places in (pack.weights, pack.biases)]
+        return all(len(group) < 2 or are_adjacent(group) for group in groups)
 
     def bring_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> None:
         """Move the weights of each pack to one storage, unless they lie there already or are not free to move."""
@@ -89,6 +96,15 @@ def owned_alone(group: list[torch.Tensor]) -> bool:
     owners = Counter(storage._cdata for storage in storages)
     owners.update(storage._cdata for storage in {id(storage): storage for storage in storages}.values())
     return all(torch._C._storage_Use_Count(storage._cdata) <= owners[storage._cdata] for storage in storages)
+
+
+def _other_layout(weight: torch.Tensor) -> torch.memory_format | None:
+    """The layout that a convolution's weight should have and does not."""
+    over_frames = weight.dim() == 5 and weight.shape[3:].numel() == 1
+    if not isinstance(weight, torch.nn.Parameter) or not (weight.dim() == 4 or over_frames):
+        return None
+    last = torch.channels_last_3d if over_frames else torch.channels_last
+    return None if not weight.is_contiguous() or weight.is_contiguous(memory_format=last) else last
 
 
 def _movable(group: list[torch.Tensor]) -> bool:

@@ -7,17 +7,19 @@ A number or flag that Python reads from a module (FreeU's factors, the scale of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import operator
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sfast.adapters import Adapted, Adapters, CannotMerge, is_adapted
 from sfast.structure import PLAIN
 
 MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
@@ -44,7 +46,7 @@ class _Tree:
     processors: list[Any] = dataclasses.field(default_factory=list)  # of attention; those that are no modules
     hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
     wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
-    adapters: list[Any] = dataclasses.field(default_factory=list)  # layers that choose among adapters in Python (peft)
+    adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
 
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
@@ -84,8 +86,13 @@ class ModuleState:
         self.module = module
         self.version = 0  # grows when a trace of before is no longer right
         self.changes = 0  # how often anything was replaced or moved, whoever noticed
-        self.weights: list[torch.Tensor] = []
+        self.own: list[torch.Tensor] = []  # the module's
+        self.weights: list[torch.Tensor] = []  # what graphs read in their places: with adapters, where there are any
         self.pointers: tuple[int, ...] = ()  # where the weights are: a captured graph is right while they stay
+        self.adapters = Adapters()
+        self.scale = 1.0  # of all adapters: an argument of the call
+        self.picture = 0
+        self._cannot_merge: str | None = None
         self._unrest = 0  # how often the forward itself made a new version
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
         self._numbers: dict[Hashable, int] = {}  # short names for settings of all other attributes
@@ -100,9 +107,10 @@ class ModuleState:
         with self._lock:
             if not self._tree.same():
                 self._reread()
+                self.adapters.changed(self.scale, self.picture)
             else:
                 pointers = self._addresses()
-                if pointers == self.pointers:
+                if not self.adapters.changed(self.scale, self.picture) and pointers == self.pointers:
                     return
                 self.pointers = pointers
             self.changes += 1
@@ -110,6 +118,31 @@ class ModuleState:
             if layout != self._layout:
                 self._layout = layout
                 self.version += 1
+
+    def merge_adapters(self) -> None:
+        """Bring what graphs read up to date with the adapters, or find out that they must be computed in Python."""
+        with self._lock:
+            try:
+                merged = self.adapters.merge(self.own)
+                self._cannot_merge = None
+            except CannotMerge as error:
+                self._cannot_merge = str(error)
+                return
+            if merged:
+                self._take_weights()
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """For a while, graphs read the module's own weights, and these may be moved."""
+        with self._lock:
+            self.adapters.take_out()
+            self._take_weights()
+            self.pointers = ()  # nobody replays meanwhile
+        try:
+            yield
+        finally:
+            self.refresh()
+            self.merge_adapters()
 
     def in_place(self) -> bool:
         """Whether the weights known so far are where they were: then what reads them there can do no harm."""
@@ -147,13 +180,13 @@ class ModuleState:
         return not self._own.isdisjoint(_exchanged(before, self._tree))
 
     def key(self) -> Hashable:
-        """What a trace must agree on with the module besides the version: attributes, and which adapters are active."""
-        return self.version, self._attributes, tuple([_adapter_state(layer) for layer in self._tree.adapters])
+        """What a trace must agree on with the module besides the version: attributes."""
+        return self.version, self._attributes
 
     @property
     def device(self) -> torch.device:
         """Where the weights are; a module without any runs on the CPU."""
-        return self.weights[0].device if self.weights else torch.device("cpu")
+        return self.own[0].device if self.own else torch.device("cpu")
 
     def why_eager(self, tensors: list[torch.Tensor]) -> str | None:
         """Why a call with these tensors cannot run compiled as the module is, or None."""
@@ -163,8 +196,12 @@ class ModuleState:
             return "global module hooks are registered, which a compiled graph would not call"
         if any(self._tree.hooks) and any(_is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
             return "a submodule has forward hooks, which a compiled graph would not call"
-        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*tensors, *self.weights)]):
+        if torch.is_grad_enabled() and (
+            any([tensor.requires_grad for tensor in (*tensors, *self.own)]) or self.adapters.require_gradients()
+        ):
             return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
+        if self._cannot_merge is not None:
+            return self._cannot_merge
         if any(map(_TRAINING, self._tree.modal)) and any(map(_is_random_or_learns, self._tree.modal)):
             return "the module is in training mode; call .eval() first"
         if self._unrest > MAX_UNREST:
@@ -176,10 +213,15 @@ class ModuleState:
     def _reread(self) -> None:
         self._tree = _read(self.module)
         # Tied weights are one input.
-        self.weights = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
-        self._wrappers = [weight for weight in self.weights if is_traceable_wrapper_subclass(weight)]
-        self.pointers = self._addresses()
+        self.own = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
+        self._wrappers = [weight for weight in self.own if is_traceable_wrapper_subclass(weight)]
+        self.adapters.read(self._tree.adapted)
+        self._take_weights()
         self._number_attributes()
+
+    def _take_weights(self) -> None:
+        self.weights = self.adapters.read_by_graphs(self.own)
+        self.pointers = self._addresses()
 
     def _addresses(self) -> tuple[int, ...]:
         # A quantized weight is a wrapper: only what is in it has an address.
@@ -197,7 +239,7 @@ class ModuleState:
 
     def _describe(self) -> Hashable:
         """Everything about the tree that a trace bakes in; equal before and after a mere exchange of values."""
-        order = {id(tensor): i for i, tensor in enumerate(self.weights)}
+        order = {id(tensor): i for i, tensor in enumerate(self.own)}
         weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in self._tree.weights])
         return (
             weights,
@@ -222,7 +264,10 @@ _WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
     torch.nn.SiLU: frozenset(("inplace",)),
 }
 _OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
-_OF_ADAPTERS = frozenset(("scaling", "merged_adapters", "_active_adapter", "_disable_adapters"))  # `_adapter_state`
+# What peft and diffusers keep beside adapters, and no forward reads.
+_OF_ADAPTERS = frozenset(
+    ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs", "lora_scale", "_safe_fusing")
+)
 _WRAPPERS = ("_hf_hook", "_diffusers_hook")
 
 
@@ -238,7 +283,7 @@ def _read(root: torch.nn.Module) -> _Tree:
     tree = _Tree()
     tree.attributes["training"] = bool, root.training
     opened: set[int] = set()
-    for path, module in root.named_modules():
+    for path, module in _modules(root, tree):
         tree.modules.append(module)
         tree.types.append(type(module))
         if isinstance(module, _MODAL):
@@ -250,7 +295,7 @@ def _read(root: torch.nn.Module) -> _Tree:
         for place in (module._parameters, module._buffers):
             tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
         for name, value in module.__dict__.items():
-            if name in _OF_EVERY_MODULE or name in (_OF_THE_ROOT if module is root else _OF_ADAPTERS):
+            if name in _OF_EVERY_MODULE or name in _OF_ADAPTERS or (module is root and name in _OF_THE_ROOT):
                 continue
             if name == "processor":
                 tree.processors.append(value)
@@ -261,9 +306,50 @@ def _read(root: torch.nn.Module) -> _Tree:
         if module is not root:
             tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
             tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
-            tree.adapters.append(module)
     return tree
+
+
+def _modules(root: torch.nn.Module, tree: _Tree) -> list[tuple[str, torch.nn.Module]]:
+    """As `named_modules` has them if peft had wrapped nothing; what it has wrapped is noted in `tree`."""
+    found: dict[int, tuple[str, torch.nn.Module]] = {}
+
+    def visit(path: str, module: torch.nn.Module) -> None:
+        if is_adapted(module) and module is not root:
+            inner = module._modules["base_layer"]
+            if inner is not None and not is_adapted(inner):
+                _watch_adapters(tree, path, module, inner)
+                module = inner
+        if id(module) in found:
+            return
+        found[id(module)] = path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", root)
+    return list(found.values())
+
+
+def _watch_adapters(tree: _Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
+    tensors: list[torch.Tensor] = []
+    pending = [wrapper]
+    while pending:
+        module = pending.pop()
+        tree.watch_attributes(module)
+        for place in (module._parameters, module._buffers, module._modules):
+            if place:
+                tree.watch(place.values())
+        tensors += [t for place in (module._parameters, module._buffers) for t in place.values() if t is not None]
+        if isinstance(module, _MODAL):
+            tree.modal.append(module)
+        tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        pending += [child for child in module._modules.values() if child is not None and child is not base]
+    for name, value in vars(wrapper).items():
+        if name not in _OF_EVERY_MODULE and isinstance(value, (list, dict)):
+            values = value.values() if isinstance(value, dict) else value
+            tree.watch(values)  # scaling, merged_adapters
+            tensors += [item for item in values if isinstance(item, torch.Tensor)]
+    tree.adapted.append(Adapted(path, wrapper, base, tensors))
 
 
 def _read_attribute(tree: _Tree, path: str, value: Any, depth: int = 3) -> None:
@@ -297,8 +383,3 @@ def _inner_addresses(tensor: torch.Tensor) -> list[int]:
 def _is_foreign(hook: Any) -> bool:
     # transformers collects intermediate results with hooks of its own: they compute, and are traced like the rest.
     return not getattr(hook, "__module__", "").startswith("transformers.")
-
-
-def _adapter_state(layer: Any) -> Hashable:
-    scaling = tuple(sorted((name, float(scale)) for name, scale in layer.scaling.items()))
-    return tuple(layer.active_adapters), scaling, layer.disable_adapters, tuple(layer.merged_adapters)

@@ -33,7 +33,7 @@ class Check:
         self._before = _random_state(self._device)
         given: list[torch.Tensor] = []
         call = flatten((args, kwargs), given)
-        watched = [*given, *state.weights]
+        watched = [*given, *state.own]
         versions = [version_of(tensor) for tensor in watched]
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
         python_random = _python_random_state()
