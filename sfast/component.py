@@ -18,6 +18,7 @@ import torch
 
 from sfast import fallback, native, verify
 from sfast.config import CompilationConfig
+from sfast.containers import ChangesContainers, repeat
 from sfast.cuda_graph import pool_of
 from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Pictures, Watch
@@ -106,7 +107,7 @@ class Component:
         self.state.refresh()
         if ahead is not None:
             if self.state.changes == changes:  # it may have been noticed by another thread, or on the way
-                return ahead.result()
+                return _result(ahead.call, ahead.outputs, args, kwargs)
             ahead.take_back()
         if self.state.version != self._version:
             with self._lock:
@@ -129,7 +130,7 @@ class Component:
         if plan.call is None:
             return self.eager(*args, **kwargs)
         try:
-            return plan.call.unflatten(self._run(plan, tensors))
+            return _result(plan.call, self._run(plan, tensors), args, kwargs)
         except Exception as error:  # or it is eager's own: then eager raises it
             self.note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
             return self.eager(*args, **kwargs)
@@ -288,11 +289,11 @@ class Component:
                 if check is not None:
                     check.rewind()  # tracing and warming up have drawn random numbers, too
                 outputs = self._run(plan, tensors)
-                error = check.error(traced.output, outputs) if check is not None else None
+                error = check.error(traced, outputs) if check is not None else None
             except torch.OutOfMemoryError as exception:  # there may be more at the next call
                 self.note(f"ran eager once at {describe_shapes(tensors)}: {fallback.reason(exception)}")
                 return self.eager(*args, **kwargs) if check is None else check.give_back()
-            except DecidesByValue as exception:  # so it does at every shape
+            except (DecidesByValue, ChangesContainers) as exception:  # so it does at every shape
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
                 failure = fallback.reason(exception)
@@ -309,7 +310,7 @@ class Component:
                 if check is not None:
                     check.finish()
                 native.keep_choices(self.state.device)
-                return traced.unflatten(outputs)
+                return traced.unflatten(outputs) if check is not None else _result(traced, outputs, args, kwargs)
             failure = error
             self._drop(plan)
         return self._give_up(signature, shapes, f"at {describe_shapes(tensors)}: {failure}", check, args, kwargs)
@@ -397,6 +398,12 @@ def component_of(module: torch.nn.Module) -> Component | None:
 
 def _eager_forward(module: torch.nn.Module) -> Any:
     return types.MethodType(type(module).forward, module)
+
+
+def _result(call: Trace | EagerCall, outputs: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """What eager returns; the caller's containers are as eager leaves them."""
+    repeat(call.changes, (args, kwargs))
+    return call.unflatten(outputs)
 
 
 def _itself(value: T) -> T:

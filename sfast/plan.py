@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sfast.containers import Changes, Contents
 from sfast.cuda_graph import GraphRunner
 from sfast.loop import Loop, Watch
 from sfast.structure import flatten, unflatten
@@ -41,13 +42,16 @@ class EagerCall:
     forward: Callable[..., Any]
     structure: Hashable
     output: Hashable = None
+    changes: Changes = ()
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors; `weights` are the module's own and not looked at."""
         args, kwargs = unflatten(self.structure, tensors)
         results: list[torch.Tensor] = []
         with torch.no_grad():
+            before = Contents((args, kwargs))
             self.output = flatten(self.forward(*args, **kwargs), results)
+            self.changes = before.changes()
         return results
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
@@ -75,10 +79,6 @@ class Ahead:
     call: Trace | EagerCall
     outputs: list[torch.Tensor]
     drawn: RandomOffset
-
-    def result(self) -> Any:
-        """The result as the module returns it."""
-        return self.call.unflatten(self.outputs)
 
     def take_back(self) -> None:
         """Nobody shall see it."""

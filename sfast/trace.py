@@ -22,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
+from sfast.containers import Changes, Contents
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.structure import flatten, unflatten
 
@@ -39,6 +40,7 @@ class Trace:
     contiguous: list[bool]  # which results eager lays out without gaps, in their order: so will we
     fusions: Counter[str]
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
+    changes: Changes = ()  # what the call takes out of its arguments' containers
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
@@ -135,16 +137,20 @@ def trace(
 
     Raises:
         DecidesByValue: the module reads a tensor's value in Python.
+        ChangesContainers: it puts something into a container among its arguments.
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
     """
     output: list[Hashable] = []
+    changes: list[Changes] = []
     contiguous: list[bool] = []
 
     def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
         results: list[torch.Tensor] = []
+        before = Contents((args, kwargs))
         output.append(flatten(forward(*args, **kwargs), results))
+        changes.append(before.changes())
         if not results:
             raise ValueError("the module returns no tensor")
         contiguous.extend(result.is_contiguous() for result in results)
@@ -159,7 +165,7 @@ def trace(
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         function = _callable(graph.copy())
-    return Trace(graph, function, used, output[0], contiguous, fired, packs)
+    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0])
 
 
 class DecidesByValue(RuntimeError):

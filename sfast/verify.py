@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.structure import UnsupportedStructure, flatten
 
 if TYPE_CHECKING:
     from sfast.component import Component
     from sfast.placement import Placement
+    from sfast.plan import EagerCall
+    from sfast.trace import Trace
 
 # Largest ||compiled - eager|| / ||eager|| that rounding in another order explains. A wrong decision is far outside of it.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -32,7 +35,8 @@ class Check:
         self._device = state.device
         self._before = _random_state(self._device)
         given: list[torch.Tensor] = []
-        call = flatten((args, kwargs), given)
+        flatten((args, kwargs), given)
+        contents = Contents((args, kwargs))
         watched = [*given, *state.own]
         versions = [version_of(tensor) for tensor in watched]
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
@@ -43,13 +47,15 @@ class Check:
         self._after = _random_state(self._device)
         self._tensors: list[torch.Tensor] = []
         self._structure: Hashable = None
-        now: list[torch.Tensor] = []
         if [version_of(tensor) for tensor in watched] != versions or not all(_same(*pair) for pair in unversioned):
             self.refused = "it writes to its arguments or weights"
         elif _python_random_state() != python_random:
             self.refused = "it draws random numbers in Python"
-        elif flatten((args, kwargs), now) != call or any(a is not b for a, b in zip(now, given, strict=True)):
-            self.refused = "it changes the containers it is called with"
+        self._changes: Changes = ()
+        try:
+            self._changes = contents.changes()
+        except ChangesContainers as error:
+            self.refused = str(error)
         try:
             self._structure = flatten(self.expected, self._tensors)
         except UnsupportedStructure as error:
@@ -69,10 +75,12 @@ class Check:
         self.finish()
         return self.expected
 
-    def error(self, structure: Hashable, outputs: list[torch.Tensor]) -> str | None:
-        """What is wrong with the outputs, or None."""
-        if structure != self._structure:
+    def error(self, call: Trace | EagerCall, outputs: list[torch.Tensor]) -> str | None:
+        """What is wrong with a call's outputs, or None."""
+        if call.output != self._structure:
             return "the result has another structure than eager's"
+        if call.changes != self._changes:
+            return "it changes the containers it is called with, and not as eager does"
         for output, expected in zip(outputs, self._tensors, strict=True):
             if output.shape != expected.shape or output.dtype != expected.dtype:
                 was = f"{output.dtype} {tuple(output.shape)}"
