@@ -172,7 +172,9 @@ def compile_variant(model: Model, parts: Parts, target: Any, variant: str) -> No
         if variant == "compile-max-autotune":
             _prepare_for_max_autotune(parts)
         for module in to_compile(model, parts):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for weight in module.parameters():
+                if weight.dim() == 4:  # of video models others are 5-dimensional, which `module.to` would refuse
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             module.compile(**COMPILE_OPTIONS[variant])
         return
     import sfast

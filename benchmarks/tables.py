@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.measure import LADDER
 from benchmarks.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def number(row: Row | None, column: str) -> float | None:
 
 def table(rows: Iterable[Row]) -> str:
     """The Markdown between the markers."""
+    rows = list(rows)
     cases = latest(rows)
     if not cases:
         return NONE_YET
@@ -71,6 +73,9 @@ def table(rows: Iterable[Row]) -> str:
     others = [other for case in cases for other in other_lines(case)]
     if others:
         lines += ["", OTHERS, *others]
+    rungs = ladder(rows)
+    if rungs:
+        lines += ["", *rungs]
     origins = dict.fromkeys(
         f"run {row['run']} on {row['gpu']}, torch {row['torch']}, commit {row['commit'][:9]}"
         for row in (case["sfast"] for case in cases)
@@ -110,6 +115,31 @@ def other_lines(case: dict[str, Row]) -> list[str]:
         ms = number(ours, "ms")
         cells = [name, size(ours), milliseconds(compiled) + took, f"**{milliseconds(ms)}**", ratio(compiled, ms)]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def ladder(rows: Iterable[Row]) -> list[str]:
+    """What each optimization adds to those above it: of each model the latest run that measured all of them."""
+    runs: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        if of_its_own_size(row) and number(row, "ms") is not None:
+            runs.setdefault(row["model"], {}).setdefault(row["run"], {})[row["variant"]] = row
+    steps = ["eager", *(f"sfast-{rung}" for rung in LADDER)]
+    found = {
+        model: [run for run in of_model.values() if run.keys() >= set(steps)][-1:] for model, of_model in runs.items()
+    }
+    whole = {model: run[0] for model, run in found.items() if run}
+    if not whole:
+        return []
+    names = [f"{model}, {size(run['eager'])}" for model, run in whole.items()]
+    lines = [f"| each with those above it | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for i, step in enumerate(steps):
+        cells = []
+        for run in whole.values():
+            ms = number(run[step], "ms")
+            gain = f" ({ratio(number(run[steps[i - 1]], 'ms'), ms)})" if i else ""
+            cells.append(f"{milliseconds(ms)}{gain}")
+        lines.append(f"| {step.removeprefix('sfast-')} | {' | '.join(cells)} |")
     return lines
 
 

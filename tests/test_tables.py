@@ -94,3 +94,12 @@ def test_fill_refuses_a_text_without_its_markers(text):
 
 def test_the_readme_shows_the_recorded_results():
     assert tables.main(["--check"]) == 0, "README.md is out of date: python -m benchmarks.tables"
+
+
+def test_the_ladder_has_every_rung_and_what_it_gained():
+    steps = ["eager", *(f"sfast-{rung}" for rung in tables.LADDER)]
+    rows = [row("r1", step, 100 - 5 * i) for i, step in enumerate(steps)] + [row("r2", "eager", 50)]
+    lines = tables.ladder(rows)
+    assert len(lines) == 2 + len(steps) and lines[0] == "| each with those above it | sd15, 512×512, 2 |"
+    assert lines[2] == "| eager | 100.00 ms |" and lines[4] == "| graph | 90.00 ms (1.06×) |"
+    assert tables.ladder(rows[1:]) == []  # of another run than its rungs: eager is missing
