@@ -149,12 +149,12 @@ def take_scale(forward: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], fl
 
 @cache
 def _scaled_argument(forward: Any) -> str | None:
-    """Which argument of a forward of diffusers' has a `scale` for `scale_lora_layers`."""
-    own = inspect.unwrap(forward)
-    outer = getattr(forward, "__code__", None)
-    for cell in getattr(forward, "__closure__", None) or ():
-        if "scale_lora_layers" in getattr(outer, "co_names", ()) and cell.cell_contents in SCALED_ARGUMENTS:
-            return str(cell.cell_contents)  # diffusers' decorator
-    if "scale_lora_layers" in getattr(getattr(own, "__code__", None), "co_names", ()):
-        return next((name for name in SCALED_ARGUMENTS if name in inspect.signature(own).parameters), None)
+    """Which argument of a forward of diffusers' has a `scale` for `scale_lora_layers`; the forward may be wrapped."""
+    while forward is not None:
+        if "scale_lora_layers" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            inside = [cell.cell_contents for cell in forward.__closure__ or ()]
+            named = [name for name in SCALED_ARGUMENTS if name in inside]  # diffusers' decorator
+            taken = [name for name in SCALED_ARGUMENTS if name in inspect.signature(forward).parameters]
+            return next(iter(named + taken), None)
+        forward = getattr(forward, "__wrapped__", None)
     return None
