@@ -48,7 +48,7 @@ class Component:
         # Below accelerate's hook, if there is one: it has moved the weights to the GPU before a call comes to us.
         self._place = "_old_forward" if {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else "forward"
         self._own_forward = module.__dict__.get(self._place)  # somebody else's, to be put back
-        self.eager: Callable[..., Any] = module.forward if self._own_forward is None else self._own_forward
+        self.eager: Callable[..., Any] = self._forward_of_class if self._own_forward is None else self._own_forward
         self.state = ModuleState(module)
         self.fusions = chosen_fusions(config)
         self.pictures = pictures or Pictures()  # shared by the components of a pipeline
@@ -61,7 +61,7 @@ class Component:
         self._placement = Placement()
         self._lock = threading.RLock()
         self._active = True
-        functools.update_wrapper(self, self.eager, updated=())
+        functools.update_wrapper(self, getattr(module, self._place), updated=())
 
     __dict__ = property(lambda self: {})  # what wraps us copies it, as functools.wraps does
 
@@ -77,19 +77,23 @@ class Component:
     def remove(self) -> None:
         """Put the module back as it was, bit for bit, and release all graphs."""
         self._active = False  # where another library has wrapped us, we only pass calls on
+        own = self._own_forward
         for place in ("forward", "_old_forward"):
             if self.module.__dict__.get(place) is not self:
                 continue
             if self._own_forward is None and place == "forward":
                 del self.module.__dict__[place]
             else:
-                self.module.__dict__[place] = self.eager
+                self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
         with self._lock:
             self._forget()
             self.state.adapters.take_out()
             self._placement.undo()
 
     # --------------------------------------------------------------------------------------------------------- calling
+
+    def _forward_of_class(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)  # as it is now: it may have been patched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._active or is_tracing() or torch.compiler.is_compiling():

@@ -1,7 +1,8 @@
 """What a compiled module depends on besides its inputs: its weights, its submodules, its attributes, its mode.
 
 A trace takes the weights as inputs, so new values, a new device or a replaced Parameter only change what is passed. A new
-submodule or another attention processor changes the computation itself: then the traces of before are not asked again.
+submodule, another attention processor or a patched function changes the computation itself: then the traces of before
+are not asked again.
 A number or flag that Python reads from a module (FreeU's factors, the scale of an IP-Adapter) is part of the key.
 """
 
@@ -12,13 +13,14 @@ import dataclasses
 import itertools
 import operator
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sfast import patches
 from sfast.adapters import Adapted, Adapters, CannotMerge, is_adapted
 from sfast.structure import PLAIN
 
@@ -37,9 +39,10 @@ class _Tree:
     )  # those that may compute something else in training
     live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
     contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
-    getters: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # of modules' own attributes
+    # of modules' own attributes, and of functions
+    getters: list[tuple[Any, Mapping[str, Any]]] = dataclasses.field(default_factory=list)
     got: list[Any] = dataclasses.field(default_factory=list)  # what they got
-    sizes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # dictionaries of attributes
+    sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # dictionaries of attributes, and of classes
     length: int = 0  # of all of those together
     weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
@@ -47,6 +50,7 @@ class _Tree:
     hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
     wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
     adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
+    code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
 
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
@@ -77,6 +81,17 @@ class _Tree:
             get = operator.itemgetter("training", *names)
             self.getters.append((get, place))
             self.got += get(place)
+
+    def watch_code(self) -> None:
+        """Notice from now on functions of the modules' classes and files that are patched."""
+        for place in patches.namespaces([*self.types, *map(type, self.processors)]):
+            get = patches.functions_of(place)
+            self.getters.append((get, place))
+            self.code += get(place)
+            if not isinstance(place, dict):  # a class: a method that it inherited so far may get another one before it
+                self.sizes.append(place)
+                self.length += len(place)
+        self.got += self.code
 
 
 class ModuleState:
@@ -246,6 +261,7 @@ class ModuleState:
             tuple(map(id, self._tree.modules)),
             tuple(self._tree.types),
             tuple(map(id, self._tree.processors)),
+            tuple(self._tree.code),
         )
 
 
@@ -306,6 +322,7 @@ def _read(root: torch.nn.Module) -> _Tree:
         if module is not root:
             tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
             tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
+    tree.watch_code()
     return tree
 
 

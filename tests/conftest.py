@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,3 +32,19 @@ def fresh() -> None:
     """A seed, and no memory of what fell back in the test before."""
     torch.manual_seed(0)
     fallback.forget()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What was logged since the last time somebody asked; a test fails on lines that it has not asked for."""
+    heard = 0
+
+    def lines() -> list[str]:
+        nonlocal heard
+        messages = [record.getMessage() for record in caplog.records if record.name == "sfast"]
+        new, heard = messages[heard:], len(messages)
+        return new
+
+    with caplog.at_level(logging.WARNING, "sfast"):
+        yield lines
+    assert lines() == []
