@@ -42,7 +42,7 @@ class _Tree:
     # of modules' own attributes, and of functions
     getters: list[tuple[Any, Mapping[str, Any]]] = dataclasses.field(default_factory=list)
     got: list[Any] = dataclasses.field(default_factory=list)  # what they got
-    sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # dictionaries of attributes, and of classes
+    sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # of attributes, and classes
     length: int = 0  # of all of those together
     weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
