@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, LoHaConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
