@@ -24,7 +24,7 @@ from sfast.fusions import chosen_fusions
 from sfast.loop import Loop, Pictures, Watch
 from sfast.lora import take_scale
 from sfast.placement import Placement
-from sfast.plan import Ahead, EagerCall, Plan, RandomOffset
+from sfast.plan import Ahead, EagerCall, Plan, RandomOffset, Rest
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten
 from sfast.trace import DecidesByValue, Trace, is_tracing, trace
@@ -59,6 +59,7 @@ class Component:
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
         self._placement = Placement()
+        self._rest = Rest()
         self._lock = threading.RLock()
         self._active = True
         functools.update_wrapper(self, getattr(module, self._place), updated=())
@@ -171,6 +172,8 @@ class Component:
 
     def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         assert plan.call is not None
+        if self._must_wait(plan):
+            return plan.call.run(self.state.weights, tensors)
         if plan.loop is not None:
             with self._lock:  # between prologue and body no other thread may bring another prompt
                 outputs = self._run_loop(plan, plan.loop, tensors) if plan.loop is not None else None
@@ -225,6 +228,17 @@ class Component:
         loop.release()
         plan.loop = None
         return None
+
+    def _must_wait(self, plan: Plan) -> bool:
+        """Whether the graphs of a plan are useless now, and new ones would be soon."""
+        if not plan.capture or plan.fits(self.state.pointers) or self._rest.is_long_enough(self.state.own):
+            return False
+        self.note(Rest.WHY)
+        with self._lock:
+            if plan.loop is not None:
+                plan.watch = Watch()  # it will be found again
+            self._drop(plan)
+        return True
 
     def _capture(self, plan: Plan, tensors: list[torch.Tensor]) -> None:
         """Capture the plan's call, or say once why it runs without a graph."""
@@ -288,7 +302,7 @@ class Component:
                 self._bring_together(traced)
                 plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
                 plan.watch = Watch() if self._hoists and len(tensors) > 1 else None
-                if plan.capture:
+                if plan.capture and not self._must_wait(plan):
                     self._capture(plan, tensors)
                 if check is not None:
                     check.rewind()  # tracing and warming up have drawn random numbers, too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -28,11 +29,38 @@ class Plan:
 
     def ready(self, pointers: tuple[int, ...]) -> bool:
         """Whether there is nothing to do but replaying a graph that reads the weights where they are."""
-        if self.call is None or self.watch is not None:
-            return False
+        return self.call is not None and self.watch is None and self.fits(pointers)
+
+    def fits(self, pointers: tuple[int, ...]) -> bool:
+        """Whether there is a captured graph that reads the weights where they are."""
         if self.loop is not None:
             return self.loop.ready(pointers)
         return self.runner is not None and self.runner.graph is not None and self.pointers == pointers
+
+
+class Rest:
+    """Whether a module's weights stay where they are for long enough that capturing a graph pays.
+
+    A graph reads the weights where they were when it was captured. Offloading brings them to other places for every
+    picture, and to capture anew costs about as much as the graphs of that many calls save.
+    """
+
+    MOVES, CALLS = 2, 32
+    WHY = f"its weights are moved again and again (offloaded?): captures CUDA graphs only where they stay for {CALLS} calls"
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._moves = 0
+        self._calls = 0
+
+    def is_long_enough(self, weights: list[torch.Tensor]) -> bool:
+        """Asked before each capture."""
+        places = [*map(torch.Tensor.data_ptr, weights)]
+        if len(places) == len(self._places) and 2 * sum(map(operator.ne, places, self._places)) > len(places):
+            self._moves, self._calls = self._moves + 1, 0
+        self._places = places  # some may change as they like: adapters, and weights that are brought together
+        self._calls += 1
+        return self._moves < self.MOVES or self._calls > self.CALLS
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast.plan import RandomOffset
+from sfast.plan import RandomOffset, Rest
 
 
 class Replays:
@@ -89,3 +89,69 @@ def test_random_numbers_of_a_call_that_is_taken_back_are_drawn_again() -> None:
     first = torch.randn(5, device=device)
     drawn.set_back()
     assert torch.equal(torch.randn(5, device=device), first)
+
+
+class Pool:
+    """Captures without a GPU, and counts."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def capture(self, function: Callable[..., Any], inputs: list[Tensor], budget: int | None) -> Any:
+        self.captured += 1
+        runner = Replays()
+        runner.meanwhile = lambda: None
+        runner.__class__ = type("Captured", (Replays,), {"__call__": lambda self, tensors: function(tensors)})
+        return runner
+
+
+def test_weights_that_move_at_every_picture_are_not_captured_at_every_picture(
+    monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
+    pool = Pool()
+    monkeypatch.setattr("sfast.component.pool_of", lambda device: pool)
+    module, _, x = _with_a_runner()
+    component = module.forward
+    next(iter(component._plans.values())).runner = None
+
+    def picture(calls: int = 5) -> int:
+        for weight in module.parameters():
+            weight.data = torch.randn_like(weight)  # as offloading does: other addresses
+        before = pool.captured
+        for _ in range(calls):
+            assert torch.allclose(module(x), type(module).forward(module, x))
+        return pool.captured - before
+
+    assert [picture() for _ in range(5)] == [1, 1, 0, 0, 0]
+    assert component.counts() == (1, 0)
+    assert picture(40) == 1  # they have stayed for long enough
+    assert component.counts() == (1, 1)
+    assert picture() == 0
+    lines = said()
+    assert len(lines) == 1 and lines[0].startswith("Scaled: its weights are moved again and again (offloaded?)")
+
+
+def test_a_few_weights_may_move_as_they_like() -> None:
+    rest, weights = Rest(), [torch.randn(2) for _ in range(5)]
+    for i in range(20):
+        weights[i % 2] = torch.randn(2)
+        assert rest.is_long_enough(weights)
+    assert rest.is_long_enough([torch.randn(2) for _ in range(5)])
+    assert not rest.is_long_enough([torch.randn(2) for _ in range(5)])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_weights_that_move_at_every_picture_run_without_graphs() -> None:
+    module = sfast.compile(Scaled().eval().requires_grad_(False).cuda())
+    x, kept = torch.ones(1, 3, device="cuda"), []
+    graphs = []
+    for _ in range(5):
+        kept += [weight.data for weight in module.parameters()]  # nobody gets their addresses again
+        module.cpu().cuda()
+        for _ in range(5):
+            assert torch.allclose(module(x), type(module).forward(module, x), atol=1e-5)
+        graphs.append(module.forward.counts()[1])
+    assert graphs == [1, 1, 0, 0, 0] and len(kept) == 10
+    for _ in range(40):
+        assert torch.allclose(module(x), type(module).forward(module, x), atol=1e-5)
+    assert module.forward.counts() == (1, 1)
