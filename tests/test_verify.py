@@ -46,3 +46,12 @@ def test_lower_precision_may_differ_more() -> None:
     ]
     assert limits == sorted(limits) and limits[-1] < 0.1
     assert tolerance(torch.ones(1, dtype=torch.int64)) == 0
+
+
+def test_under_autocast_the_precision_is_that_of_autocast() -> None:
+    single = torch.ones(1)
+    alone = tolerance(single)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tolerance(single) == tolerance(torch.ones(1, dtype=torch.bfloat16)) > alone
+        assert tolerance(torch.ones(1, dtype=torch.int64)) == 0
+    assert tolerance(single) == alone
