@@ -117,8 +117,7 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def randomise_constants(module: nn.Module, draw: Draw) -> None:
     """Draw anew every parameter that is initialised to one value throughout."""
     for parameter in module.parameters():
-        first = parameter.flatten()[0]
-        if bool((parameter != first).any()):
+        if parameter.numel() == 0 or bool((parameter != parameter.flatten()[0]).any()):
             continue
         drawn = draw(*parameter.shape, dtype=parameter.dtype)
         if parameter.dim() > 1:
