@@ -7,6 +7,7 @@ read on in `component.py`, `trace.py`, `rewrite.py`, `cuda_graph.py`, and `kerne
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from sfast.config import CompilationConfig
 from sfast.kernels.precompile import prepare
 from sfast.kernels.triton_or_none import MISSING
 from sfast.loop import Pictures
+from sfast.newcomers import Newcomers
 from sfast.pixels import put_on_gpu, take_off_gpu
 from sfast.scheduler import Follower, leave
 from sfast.trace import is_scripted
@@ -48,7 +50,15 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
     modules = find_components(target)
     for name, module in modules.items():
         _check_has_data(name, module)
-    pictures = None if isinstance(target, torch.nn.Module) else Pictures(_around_the_loop(target, config))
+    pictures = None
+    if not isinstance(target, torch.nn.Module):
+        newcomers = Newcomers(target, functools.partial(_welcome, config))
+        pictures = Pictures(_around_the_loop(target, config), newcomers)
+    _install(modules, config, pictures)
+    return target
+
+
+def _install(modules: dict[str, torch.nn.Module], config: CompilationConfig, pictures: Pictures | None) -> None:
     for name, module in modules.items():
         installed = component_of(module)
         if installed is not None and installed.config == config:
@@ -70,7 +80,17 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
         component.install()
         if config.enable_triton and MISSING is None and component.state.device.type == "cuda":
             prepare()  # while the model is traced
-    return target
+
+
+def _welcome(config: CompilationConfig, pipe: object, pictures: Pictures) -> None:
+    """Compile what is new in a pipeline; where that is not possible, nobody has asked for it and it runs eager."""
+    try:
+        modules = find_components(pipe)
+        for name, module in modules.items():
+            _check_has_data(name, module)
+        _install(modules, config, pictures)
+    except (TypeError, ValueError) as error:
+        fallback.note(type(pipe).__name__, f"new components stay eager: {fallback.reason(error)}")
 
 
 def _around_the_loop(pipe: object, config: CompilationConfig) -> Follower | None:
@@ -93,8 +113,7 @@ def restore(target: T) -> T:
         installed = component_of(module)
         if installed is not None:
             installed.remove()
-            for follower in installed.pictures.followers:
-                follower.leave()
+            installed.pictures.leave()
     leave(getattr(target, "scheduler", None))
     take_off_gpu(getattr(target, "image_processor", None))
     return target

@@ -9,10 +9,12 @@ what is written through `tensor.data` has no version.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 
 from sfast.cuda_graph import GraphPool, GraphRunner
+from sfast.newcomers import Newcomers
 from sfast.scheduler import Follower
 from sfast.trace import Split
 from sfast.verify import version_of
@@ -24,22 +26,36 @@ BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")  # 
 class Pictures:
     """Counts a pipeline's pictures: encoding a prompt or decoding latents is what happens between two loops."""
 
-    def __init__(self, follower: Follower | None = None) -> None:
+    def __init__(self, follower: Follower | None = None, newcomers: Newcomers | None = None) -> None:
         self.count = 0
         self.followers = [] if follower is None else [follower]
+        self.newcomers = [] if newcomers is None else [newcomers]
 
     def join(self, other: Pictures) -> None:
         """The components are another pipeline's, too (or the same one's, compiled again)."""
-        known = [follower.pipe() for follower in self.followers]
-        new = [follower for follower in other.followers if all(follower.pipe() is not pipe for pipe in known)]
-        self.followers = [follower for follower in (*self.followers, *new) if follower.pipe() is not None]
+        self.followers = _joined(self.followers, other.followers)
+        self.newcomers = _joined(self.newcomers, other.newcomers)
+
+    def leave(self) -> None:
+        """The pipelines' schedulers are as they were, and what they consist of now is nothing new."""
+        everybody: list[Any] = [*self.followers, *self.newcomers]
+        for each in everybody:
+            each.leave()
 
     def saw(self, component: str) -> None:
         """A component of the pipeline is called."""
         for follower in self.followers:
             follower.look()
+        for newcomers in self.newcomers:
+            newcomers.look(self)
         if component.startswith(BETWEEN_PICTURES):
             self.count += 1
+
+
+def _joined(old: list[Any], new: list[Any]) -> list[Any]:
+    known = [each.pipe() for each in old]
+    both = [*old, *[each for each in new if all(each.pipe() is not pipe for pipe in known)]]
+    return [each for each in both if each.pipe() is not None]
 
 
 class Watch:
