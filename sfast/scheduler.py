@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sfast.instead import is_free, put, take_back
-from sfast.verify import version_of
 
 METHODS = ("scale_model_input", "step")  # what a pipeline calls with a timestep, the first before a loop's first step
+SET = "set_timesteps"
 
 
 class Timesteps:
@@ -26,7 +26,7 @@ class Timesteps:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self._known: torch.Tensor | None = None  # what was copied; an inference tensor is known by identity alone
+        self._known: torch.Tensor | None = None  # what was copied
         self._version = 0
         self._on_host = torch.empty(0)
 
@@ -35,12 +35,14 @@ class Timesteps:
         times = getattr(self.scheduler, "timesteps", None)
         if not isinstance(times, torch.Tensor) or times.dim() != 1 or times.is_cpu or not times.numel():
             return value
+        if times.is_inference():
+            return value  # somebody may have written to them, and nobody would know
         place = place_in(times, value)
         if place is None:
             return value
-        if times is not self._known or version_of(times) != self._version:
+        if times is not self._known or times._version != self._version:
             self._on_host = times.cpu()
-            self._known, self._version = times, version_of(times)
+            self._known, self._version = times, times._version
         return self._on_host[place]
 
 
@@ -79,12 +81,24 @@ def follow(scheduler: Any) -> None:
 
     for name in METHODS:
         put(scheduler, name, on_host)
+    if is_free(scheduler, SET):
+        put(scheduler, SET, _set)
 
 
 def leave(scheduler: Any) -> None:
     """Undo `follow`."""
-    for name in METHODS:
+    for name in (*METHODS, SET):
         take_back(scheduler, name)
+
+
+def _set(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Timesteps that count how often they are written to, which tensors made in inference mode do not."""
+    result, scheduler = method(*args, **kwargs), method.__self__
+    times = vars(scheduler).get("timesteps")
+    if isinstance(times, torch.Tensor) and times.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            scheduler.timesteps = times.clone()
+    return result
 
 
 def place_in(times: torch.Tensor, value: Any) -> int | None:

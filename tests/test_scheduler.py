@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,24 @@ def test_on_the_cpu_nothing_is_looked_up() -> None:
     scheduler.set_timesteps(4)
     value = scheduler.timesteps[1]
     assert Timesteps(scheduler).on_host(value) is value
+
+
+def test_timesteps_count_how_often_they_are_written_to_also_in_inference_mode() -> None:
+    scheduler = scheduler_of("DDIMScheduler")
+    with torch.inference_mode():
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.is_inference()
+        times = torch.empty(4, device="meta")  # stands for one on a GPU, that cannot be read here
+        value = times[1]
+        assert Timesteps(types.SimpleNamespace(timesteps=times)).on_host(value) is value
+        follow(scheduler)
+        scheduler.set_timesteps(4)
+        version = scheduler.timesteps._version
+        scheduler.timesteps[1:].sub_(7)
+        assert scheduler.timesteps._version == version + 1
+        assert not torch.is_grad_enabled()
+    leave(scheduler)
+    assert "set_timesteps" not in vars(scheduler)
 
 
 def test_methods_are_followed_once_copied_and_left() -> None:
@@ -199,4 +218,10 @@ def test_on_a_gpu_a_scheduler_waits_if_nobody_helps() -> None:
     follow(scheduler)
     scheduler.scale_model_input(x, t)
     scheduler.timesteps.mul_(0)  # seen by its version
+    assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t, x).prev_sample)
+    with torch.inference_mode():
+        scheduler.set_timesteps(4, device="cuda")
+        t = scheduler.timesteps[1]
+        scheduler.scale_model_input(x, t)
+        scheduler.timesteps.mul_(0)
     assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t, x).prev_sample)
