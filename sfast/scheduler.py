@@ -40,9 +40,10 @@ class Timesteps:
         place = place_in(times, value)
         if place is None:
             return value
-        if times is not self._known or times._version != self._version:
+        version = times._version
+        if times is not self._known or version != self._version:
             self._on_host = times.cpu()
-            self._known, self._version = times, times._version
+            self._known, self._version = times, version
         return self._on_host[place]
 
 
