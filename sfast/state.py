@@ -280,9 +280,12 @@ _WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
     torch.nn.SiLU: frozenset(("inplace",)),
 }
 _OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
-# What peft and diffusers keep beside adapters, and no forward reads.
+# What peft, diffusers and transformers keep beside adapters, and no forward reads.
 _OF_ADAPTERS = frozenset(
-    ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs", "lora_scale", "_safe_fusing")
+    (
+        *("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs", "lora_scale", "_safe_fusing"),
+        "_weight_conversions",
+    )
 )
 _WRAPPERS = ("_hf_hook", "_diffusers_hook")
 
