@@ -37,6 +37,8 @@ LADDER: dict[str, dict[str, Any]] = {
     "trace": {
         "enable_cuda_graph": False,
         "enable_triton": False,
+        "enable_fused_modulation": False,
+        "enable_fused_rotary": False,
         "enable_memory_kernels": False,
         "enable_fused_linear_geglu": False,
         "enable_fused_attention": False,
@@ -52,6 +54,8 @@ LADDER: dict[str, dict[str, Any]] = {
     "graph": {"enable_cuda_graph": True},
     "channels-last": {"memory_format": torch.channels_last},
     "norms": {"enable_triton": True},
+    "modulation": {"enable_fused_modulation": True},
+    "rotary": {"enable_fused_rotary": True},
     "memory": {"enable_memory_kernels": True},
     "geglu": {"enable_fused_linear_geglu": True},
     "cnn": {"enable_cnn_optimization": True},
@@ -80,6 +84,7 @@ VARIANTS = (
     *("eager", *COMPILE_OPTIONS, "sfast", *(f"sfast-{rung}" for rung in LADDER)),
     *(f"{variant}{AGAIN}" for variant in ("sfast", "compile-reduce-overhead")),
 )
+AT_ONCE = 2  # samples of a batch in the fp32 reference
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,31 @@ def reference(model: Model, settings: Settings, path: Path) -> dict[str, Any]:
         _allow_tf32(False)
         for module in parts.values():
             module.float()
-        exact = [_output(model.step(target, to_fp32(inputs))) for inputs in checks]
+        exact = [_in_parts(model, target, to_fp32(inputs)) for inputs in checks]
     torch.save(exact, path)
     errors = [relative_error(mine, right) for mine, right in zip(eager, exact, strict=True)]
     return {"eager_error": max(errors), "tflop": counter.get_total_flops() / 1e12}
+
+
+def _in_parts(model: Model, target: Any, inputs: dict[str, Any]) -> Tensor:
+    """The output for `inputs`, two samples at a time.
+
+    Of eight at once SDXL's fp32 output is off by 10% with torch 2.11 on an H200; of two it agrees with fp16.
+    """
+    if model.pipeline is not None or model.batch <= AT_ONCE or model.batch % AT_ONCE:
+        return _output(model.step(target, inputs))
+    starts = range(0, model.batch, AT_ONCE)
+    return torch.cat([_output(model.step(target, _samples(inputs, model.batch, start))) for start in starts])
+
+
+def _samples(value: Any, batch: int, start: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start : start + AT_ONCE] if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _samples(item, batch, start) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_samples(item, batch, start) for item in value)
+    return value
 
 
 def measure(model: Model, variant: str, settings: Settings, path: Path, eager_error: float) -> dict[str, Any]:

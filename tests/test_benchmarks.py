@@ -273,3 +273,18 @@ def test_the_script_runs_from_end_to_end_on_tiny_models(
     assert "group_norm_silu" in done.stdout
     assert "x eager" in done.stdout
     assert pipelines.RESULTS.read_text() == results
+
+
+def test_the_reference_of_a_large_batch_is_computed_two_samples_at_a_time() -> None:
+    model = MODELS["tiny"].resized(64, 64, 3)
+    parts = build(model, CPU)
+    inputs = measure._check_inputs(model, CPU, 0)
+    sizes: list[int] = []
+    parts["unet"].register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["sample"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        whole = model.step(measure.assemble(model, parts), inputs)
+        in_parts = measure._in_parts(model, measure.assemble(model, parts), inputs)
+    assert sizes == [6, 2, 2, 2]
+    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-4)
