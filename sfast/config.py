@@ -33,6 +33,8 @@ class CompilationConfig:
         enable_fused_linear_geglu: fuse linear layers with the GELU, SiLU or GEGLU that follows.
         enable_fused_linears: compute linear layers, with a residual that follows, by the native operators' fastest algorithm.
         enable_triton: use Triton kernels for normalizations, activations and the blending of video frames.
+        enable_fused_modulation: join the gates, residuals, norms and modulations of diffusion transformers in Triton kernels.
+        enable_fused_rotary: normalize, rotate and concatenate queries and keys in one Triton kernel.
         enable_memory_kernels: use Triton kernels for what only moves memory: nearest upsampling, concatenation of channels.
         enable_native: use the compiled cuDNN and cuBLASLt operators when they are installed.
         enable_fused_attention: choose the kernel of each attention by measuring, from PyTorch's, Triton's and native ones.
@@ -73,6 +75,8 @@ class CompilationConfig:
     enable_gpu_pixels: bool = True
     enable_cuda_graph: bool = True
     enable_triton: bool = True
+    enable_fused_modulation: bool = True
+    enable_fused_rotary: bool = True
     enable_memory_kernels: bool = True
     enable_native: bool = True
     trace_scheduler: bool = False

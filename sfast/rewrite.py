@@ -34,24 +34,25 @@ class Fusion:
     #                            its kind, so it must differ from every constant inside the pattern
     needs: tuple[str, ...] = ()  # config fields that must be on
     only: Mapping[str, Callable[[Any], bool]] | None = None  # what the value of an argument must be in the graph
+    shared: frozenset[str] = frozenset()  # operators inside the pattern that stay where others read them, too
     implied: tuple[str, ...] = ()  # arguments that the operator does not take, because the others tell it
 
 
 def rewrite(graph: Any, fusions: list[Fusion]) -> Counter[str]:
-    """Normalize `graph`, apply every fusion wherever it matches, in order, and return how often each one fired.
+    """Normalize `graph`, apply every fusion wherever it matches, in order, and return how many of each stand there then.
 
     Without fusions the graph stays as it was traced: what is left when a rewritten one fails.
     """
-    fired: Counter[str] = Counter()
     if fusions:
         normalize(graph)
         unsafe = written_values(graph)
         for fusion in fusions:
-            fired[fusion.name] += fuse(graph, fusion, unsafe)
+            fuse(graph, fusion, unsafe)
         _renew_constant_results(graph)
     torch._C._jit_pass_dce(graph)
     torch._C._jit_pass_lint(graph)
-    return +fired
+    names = {f"sfast::{fusion.name}": fusion.name for fusion in fusions}
+    return Counter(names[node.kind()] for node in graph.nodes() if node.kind() in names)
 
 
 def _renew_constant_results(graph: Any) -> None:
@@ -163,7 +164,8 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
     if key in pattern.argument_ids:
         place = pattern.arguments.index(key)
         kind = pattern.argument_types[place]
-        fits = kind is None or (value.type().isSubtypeOf(kind) and not _is_number(value))
+        wanted_number = kind is not None and str(kind) in ("float", "int")
+        fits = kind is None or (wanted_number if _is_number(value) else value.type().isSubtypeOf(kind))
         condition = pattern.conditions[place]
         if fits and (condition is None or condition(value)):
             yield from _solve(rest, {**bound, key: value}, pattern)
@@ -211,20 +213,44 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     distinct = {_id(value.node()): value.node() for value in inner}
     nodes = sorted(distinct.values(), key=functools.cmp_to_key(_before))
     sums = _sums_asked_for_size(nodes, results)
-    if _read_outside(nodes, results, sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
+    kept = _kept(nodes, results, fusion.shared)
+    left = [value for node in kept for value in node.outputs()]
+    if _read_outside(nodes, [*results, *left], sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
-    place = _place(nodes, arguments, results)
+    place = _place(nodes, arguments, [*results, *left])
     if place is None:
         return False
     for value in sums:
         _ask_operands_for_size(graph, value, nodes)
     fused = graph.create(f"sfast::{fusion.name}", taken, len(results))
     fused.insertBefore(place)
+    for i, value in enumerate(taken):
+        if _is_number(value):  # the op takes it as one
+            number = graph.insertConstant(value.toIValue())
+            number.node().moveBefore(fused)
+            fused.replaceInput(i, number)
     for old, new in zip(results, fused.outputs(), strict=True):
         old.replaceAllUsesWith(new)
+    last = fused
+    for node in kept:
+        node.moveAfter(last)
+        last = node
     for node in reversed(nodes):
-        node.destroy()
+        if node not in kept:
+            node.destroy()
     return True
+
+
+def _kept(nodes: list[Any], results: list[Any], kinds: frozenset[str]) -> list[Any]:
+    """Those of the matched nodes that may stay for other readers, and have some; what they read stays available."""
+    own = {_id(node): node for node in nodes}
+    gone = set(own) - {value.unique() for value in results}
+    kept = [
+        node
+        for node in nodes
+        if node.kind() in kinds and any(_id(use.user) not in own for value in node.outputs() for use in value.uses())
+    ]
+    return [node for node in kept if gone.isdisjoint(value.unique() for value in node.inputs())]
 
 
 def _before(a: Any, b: Any) -> int:

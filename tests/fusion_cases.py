@@ -56,7 +56,7 @@ class Case:
     arguments: tuple[Tensor, ...] = (X,)
 
 
-def _twice(first: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+def twice(first: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Tensor) -> tuple[Any, Any]:
         middle = first(*args)
         return then(middle), middle
@@ -69,13 +69,13 @@ CASES = [
     Case(
         "group_norm_silu",
         lambda x: F.silu(F.group_norm(x, 4, GW, GB, 1e-6)),
-        _twice(lambda x: F.group_norm(x, 4, GW, GB), F.silu),
+        twice(lambda x: F.group_norm(x, 4, GW, GB), F.silu),
         lambda x: F.elu(F.group_norm(x, 4, GW, GB)),
     ),
     Case(
         "add_group_norm_silu",
         lambda x, s: F.silu(F.group_norm(s[:, :, None, None] + x, 4, GW, GB, 1e-6)),
-        _twice(lambda x, s: x + s[:, :, None, None], lambda m: F.silu(F.group_norm(m, 4, GW, GB))),
+        twice(lambda x, s: x + s[:, :, None, None], lambda m: F.silu(F.group_norm(m, 4, GW, GB))),
         lambda x, s: F.silu(F.group_norm(torch.add(x, s[:, :, None, None], alpha=2), 4, GW, GB)),
         (X, SHIFT),
     ),
@@ -97,14 +97,14 @@ CASES = [
     Case(
         "linear_add",
         lambda x, r: r + F.linear(x, LW, LB),
-        _twice(lambda x, r: F.linear(x, LW, LB), lambda m: m + LB),
+        twice(lambda x, r: F.linear(x, LW, LB), lambda m: m + LB),
         lambda x, r: torch.add(r, F.linear(x, LW, LB), alpha=2),
         (V, torch.randn(2, 3, 12)),
     ),
     Case(
         "linear_image_add",
         lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12).permute(0, 3, 1, 2).contiguous() + r,
-        _twice(
+        twice(
             lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12), lambda m: m.permute(0, 3, 1, 2) + LB.view(12, 1, 1)
         ),
         lambda x, r: F.linear(x, LW, LB).reshape(2, 3, 1, 12).permute(0, 3, 2, 1) + r.mT,
@@ -113,21 +113,21 @@ CASES = [
     Case(
         "linear_gelu",
         lambda x: F.gelu(F.linear(x, LW, LB)),
-        _twice(lambda x: F.linear(x, LW, LB), F.gelu),
+        twice(lambda x: F.linear(x, LW, LB), F.gelu),
         lambda x: F.elu(F.linear(x, LW, LB)),
         (V,),
     ),
     Case(
         "linear_silu",
         lambda x: F.silu(F.linear(x, LW, LB)),
-        _twice(lambda x: F.linear(x, LW, LB), F.silu),
+        twice(lambda x: F.linear(x, LW, LB), F.silu),
         lambda x: F.softplus(F.linear(x, LW, LB)),
         (V,),
     ),
     Case(
         "linear_geglu",
         geglu,
-        _twice(lambda x: F.linear(x, LW, LB), lambda m: m.chunk(2, -1)[0] * F.gelu(m.chunk(2, -1)[1])),
+        twice(lambda x: F.linear(x, LW, LB), lambda m: m.chunk(2, -1)[0] * F.gelu(m.chunk(2, -1)[1])),
         lambda x: geglu(x, parts=3),
         (V,),
     ),
@@ -140,39 +140,39 @@ CASES = [
     Case(
         "pad_conv2d",
         lambda x: F.conv2d(F.pad(x, (0, 1, 2, 1), "constant", 0), CW, CB, stride=2),
-        _twice(lambda x: F.pad(x, (0, 1, 2, 1), "constant", 0), lambda m: F.conv2d(m, CW, CB)),
+        twice(lambda x: F.pad(x, (0, 1, 2, 1), "constant", 0), lambda m: F.conv2d(m, CW, CB)),
         lambda x: F.conv2d(F.pad(x, (0, 1, 2, 1), "constant", 1), CW, CB),
     ),
     Case(
         "conv2d_silu",
         lambda x: F.silu(F.conv2d(x, CW, CB, padding=1)),
-        _twice(lambda x: F.conv2d(x, CW, None, padding=1), F.silu),
+        twice(lambda x: F.conv2d(x, CW, None, padding=1), F.silu),
         lambda x: F.elu(F.conv2d(x, CW, None, padding=1)),
     ),
     Case(
         "conv2d_relu",
         lambda x: F.relu(F.conv2d(x, CW, CB, padding=1)),
-        _twice(lambda x: F.conv2d(x, CW, None, padding=1), F.relu),
+        twice(lambda x: F.conv2d(x, CW, None, padding=1), F.relu),
         lambda x: F.leaky_relu(F.conv2d(x, CW, None, padding=1), 0.1),
     ),
     Case(
         "conv2d_add",
         lambda x, r: r + F.conv2d(x, CW, CB, padding=1),
-        _twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: m + R),
+        twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: m + R),
         lambda x, r: torch.add(F.conv2d(x, CW, None, padding=1), r, alpha=2),
         (X, R),
     ),
     Case(
         "conv2d_add_silu",
         lambda x, r: F.silu(F.conv2d(x, CW, CB, padding=1) + r),
-        _twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: F.silu(m + R)),
+        twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: F.silu(m + R)),
         lambda x, r: F.silu(torch.add(F.conv2d(x, CW, None, padding=1), r, alpha=2)),
         (X, R),
     ),
     Case(
         "conv2d_add_relu",
         lambda x, r: F.relu(F.conv2d(x, CW, CB, padding=1) + r),
-        _twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: F.relu(m + R)),
+        twice(lambda x, r: F.conv2d(x, CW, None, padding=1), lambda m: F.relu(m + R)),
         lambda x, r: F.relu(torch.add(F.conv2d(x, CW, None, padding=1), r, alpha=2)),
         (X, R),
     ),
@@ -186,49 +186,49 @@ CASES = [
     Case(
         "conv3d_add",
         lambda x, r: r + F.conv3d(x, C3, CB, padding=(1, 0, 0)),
-        _twice(lambda x, r: F.conv3d(x, C3, None, padding=(1, 0, 0)), lambda m: m + X5),
+        twice(lambda x, r: F.conv3d(x, C3, None, padding=(1, 0, 0)), lambda m: m + X5),
         lambda x, r: torch.add(F.conv3d(x, C3, None, padding=(1, 0, 0)), r, alpha=2),
         (X5, X5 + 1),
     ),
     Case(
         "blend",
         lambda x, y, a: (1.0 - a) * y + a * x,
-        _twice(lambda x, y, a: a * x, lambda m: m + (1.0 - EACH) * PICTURES),
+        twice(lambda x, y, a: a * x, lambda m: m + (1.0 - EACH) * PICTURES),
         lambda x, y, a: a * x + (2.0 - a) * y,
         (PICTURES, PICTURES + 1, EACH),
     ),
     Case(
         "blend_add",
         lambda x, y, a: a * x + (1.0 - a) * (y + x),
-        _twice(lambda x, y, a: y + x, lambda m: EACH * PICTURES + (1.0 - EACH) * m),
+        twice(lambda x, y, a: y + x, lambda m: EACH * PICTURES + (1.0 - EACH) * m),
         lambda x, y, a: a * x + (1.0 - a) * torch.add(x, y, alpha=2),
         (PICTURES, PICTURES + 1, EACH),
     ),
     Case(
         "blend_transposed",
         lambda x, y, a: a * x + (1.0 - a) * _by_frame(y),
-        _twice(lambda x, y, a: _by_frame(y), lambda m: EACH * PICTURES + (1.0 - EACH) * m),
+        twice(lambda x, y, a: _by_frame(y), lambda m: EACH * PICTURES + (1.0 - EACH) * m),
         lambda x, y, a: a * x + (1.0 - a) * _by_frame(y, (0, 1, 2, 3)),
         (PICTURES, PLACES, EACH),
     ),
     Case(
         "blend_transposed_add",
         lambda x, y, r, a: a * x + (1.0 - a) * _by_frame(y + r),
-        _twice(lambda x, y, r, a: y + r, lambda m: EACH * PICTURES + (1.0 - EACH) * _by_frame(m)),
+        twice(lambda x, y, r, a: y + r, lambda m: EACH * PICTURES + (1.0 - EACH) * _by_frame(m)),
         lambda x, y, r, a: a * x + (1.0 - a) * _by_frame(torch.add(y, r, alpha=2)),
         (PICTURES, PLACES, PLACES + 1, EACH),
     ),
     Case(
         "shift_transpose_layer_norm",
         lambda x, s: _normalized(_by_place(x + s)),
-        _twice(lambda x, s: x + s, lambda m: _normalized(_by_place(m))),
+        twice(lambda x, s: x + s, lambda m: _normalized(_by_place(m))),
         lambda x, s: _normalized(_by_place(torch.add(x, s, alpha=2))),
         (PICTURES, EACH.expand(6, 1, 8)),
     ),
     Case(
         "add_shift_transpose_layer_norm",
         lambda x, r, s: (*_normalized(_by_place((x + r) + s)), x + r),
-        _twice(lambda x, r, s: (x + r) + s, lambda m: _normalized(_by_place(m))),
+        twice(lambda x, r, s: (x + r) + s, lambda m: _normalized(_by_place(m))),
         lambda x, r, s: _normalized(_by_place(torch.add(x, r, alpha=2) + s)),
         (PICTURES, PICTURES + 1, EACH.expand(6, 1, 8)),
     ),
@@ -255,7 +255,7 @@ CASES = [
     Case(
         "cross_attention",
         lambda x, k: F.linear(_attended(F.linear(x, HEADS, HEADS[:, 0]), k), JOINED, GB),
-        _twice(lambda x, k: F.linear(x, HEADS), lambda m: F.linear(_attended(m, ONE_KEY), JOINED, GB)),
+        twice(lambda x, k: F.linear(x, HEADS), lambda m: F.linear(_attended(m, ONE_KEY), JOINED, GB)),
         lambda x, k: F.linear(_attended(F.linear(x, HEADS), k, is_causal=True), JOINED, GB),
         (V, torch.randn(2, 3, 1, 4)),
     ),

@@ -12,8 +12,11 @@ from sfast import CompilationConfig
 from sfast.fusions import FUSIONS, chosen_fusions
 from sfast.structure import flatten
 from sfast.trace import Trace, trace
-from tests.fusion_cases import CASES, CB, CW, GB, GW, LB, LW, SHIFT, Case, Q, R, V, X, geglu
+from tests.fusion_cases import CASES as OTHER_CASES
+from tests.fusion_cases import CB, CW, GB, GW, LB, LW, SHIFT, Case, Q, R, V, X, geglu
+from tests.transformer_fusion_cases import TRANSFORMER_CASES
 
+CASES = [*OTHER_CASES, *TRANSFORMER_CASES]
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -32,7 +35,9 @@ def _agrees(traced: Trace, forward: Callable[..., Any], args: tuple[Tensor, ...]
 
 
 def test_there_is_a_case_for_every_fusion() -> None:
-    assert sorted(case.name for case in CASES) == sorted(fusion.name for fusion in FUSIONS)
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert set(names) == {fusion.name for fusion in FUSIONS}
 
 
 @each
@@ -161,5 +166,9 @@ def test_a_field_switches_its_fusions_off() -> None:
     assert not names & {"linear", "linear_add", "linear_image_add"} and "linear_geglu" in names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_memory_kernels=False))}
     assert not names & {"upsample_nearest2d", "cat_channels"} and "group_norm" in names
+    names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_modulation=False))}
+    assert not names & {"gate_add", "layer_norm_modulate", "rms_norm_scale"} and {"rms_norm", "rotary"} < names
+    names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_rotary=False))}
+    assert not names & {"rotary", "rms_norm_rotary", "cat_rms_norm"} and {"rms_norm", "gate_add"} < names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_attention=False))}
     assert "attention" not in names and "conv2d_add" in names

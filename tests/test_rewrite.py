@@ -11,7 +11,7 @@ from torch import Tensor
 from sfast.fusions.conv2d import CONV2D_ADD, CONV2D_ADD_SILU
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
-from sfast.fusions.linear import LINEAR_SILU
+from sfast.fusions.linear import LINEAR_ADD, LINEAR_SILU
 from sfast.fusions.video import SHIFT_TRANSPOSE_LAYER_NORM
 from sfast.normalize import normalize
 from sfast.rewrite import Fusion
@@ -50,6 +50,25 @@ def test_addition_matches_in_both_orders_and_keeps_the_sum_readable() -> None:
 
     traced = fused(forward, torch.randn(2, 8), torch.randn(2, 8), fusions=[ADD_LAYER_NORM])
     assert traced.fusions == {"add_layer_norm": 2}
+
+
+def test_a_number_is_no_residual() -> None:
+    traced = fused(lambda x: 1.0 + F.linear(x, W, B), torch.randn(2, 8), fusions=[LINEAR_ADD])
+    assert not traced.fusions
+
+
+def test_a_fusion_has_several_spellings_and_leaves_out_what_is_implied() -> None:
+    shape, eps = [8], 1.25e-3
+    by_shape = Fusion("rms_norm", lambda x, s, w, e: F.rms_norm(x, s, w, e), (W, shape, B, eps), implied=("s",))
+    by_hand = Fusion(
+        "rms_norm", lambda x, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w, (W, B, eps)
+    )
+
+    def forward(x: Tensor) -> Tensor:
+        x = F.rms_norm(x, [8], B, 1e-4)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * B
+
+    assert fused(forward, torch.randn(2, 8), fusions=[by_shape, by_hand]).fusions == {"rms_norm": 2}
 
 
 def test_addition_with_a_factor_does_not_match() -> None:

@@ -28,6 +28,24 @@ from sfast.fusions.linear import (
     LINEAR_IMAGE_ADD,
     LINEAR_SILU,
 )
+from sfast.fusions.modulate import (
+    ADD_LAYER_NORM_MODULATE,
+    GATE_ADD,
+    GATE_ADD_LAYER_NORM_MODULATE,
+    GATE_RMS_NORM_ADD,
+    GATE_RMS_NORM_ADD_RMS_NORM_SCALE,
+    LAYER_NORM_MODULATE,
+    RMS_NORM_SCALE,
+)
+from sfast.fusions.rotary import (
+    CAT_RMS_NORM,
+    CAT_RMS_NORM_ROTARY,
+    CAT_RMS_NORM_ROTARY_COMPLEX,
+    RMS_NORM,
+    RMS_NORM_ROTARY,
+    RMS_NORM_ROTARY_COMPLEX,
+    ROTARY,
+)
 from sfast.fusions.upsample import UPSAMPLE_NEAREST2D
 from sfast.fusions.video import (
     ADD_SHIFT_TRANSPOSE_LAYER_NORM,
@@ -42,6 +60,20 @@ from sfast.fusions.video import (
 from sfast.rewrite import Fusion
 
 FUSIONS: list[Fusion] = [
+    *RMS_NORM,  # before all that are made of its operator
+    *ROTARY,
+    CAT_RMS_NORM_ROTARY,  # the longest first: each of these contains a later one; and before CAT_CHANNELS
+    CAT_RMS_NORM_ROTARY_COMPLEX,
+    RMS_NORM_ROTARY,
+    RMS_NORM_ROTARY_COMPLEX,
+    CAT_RMS_NORM,
+    GATE_ADD_LAYER_NORM_MODULATE,  # the longest first; before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
+    ADD_LAYER_NORM_MODULATE,
+    LAYER_NORM_MODULATE,
+    GATE_RMS_NORM_ADD_RMS_NORM_SCALE,  # the longest first
+    GATE_RMS_NORM_ADD,
+    RMS_NORM_SCALE,
+    GATE_ADD,  # before ADD_LAYER_NORM, which would leave the product
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone
     LINEAR_GELU,
     LINEAR_SILU,

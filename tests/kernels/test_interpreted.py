@@ -19,6 +19,8 @@ FILES = [
     "test_group_norm.py",
     "test_layer_norm.py",
     "test_linear.py",
+    "test_modulate.py",
+    "test_rotary.py",
     "test_transpose_layer_norm.py",
     "test_upsample.py",
 ]

@@ -1,0 +1,74 @@
+"""Diffusion transformers: gate and residual, the norm behind them, and its modulation by the timestep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfast.kernels import modulate
+from sfast.rewrite import Fusion
+
+_NEEDS = ("enable_triton", "enable_fused_modulation")
+_X, _ROW, _WEIGHT = torch.randn(2, 3, 14), torch.randn(2, 1, 14), torch.randn(14)
+_EPS, _EPS_Y = 1.25e-3, 1.5e-3
+_NORM = ([14], _WEIGHT, _WEIGHT + 1, _EPS, _ROW, _ROW + 1)  # normalized_shape, weight, bias, eps, scale, shift
+_SHARED = frozenset(("aten::layer_norm",))  # two modulations of one norm: each computes it, which costs nothing
+
+_MADE = ("aten::unsqueeze", "aten::squeeze", "aten::tanh", "prim::ListUnpack", "aten::select", "aten::slice")
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value of a graph was cut out of a larger one, or given a dimension: a gate, and no activations."""
+    return value.node().kind() in _MADE
+
+
+_GATE = {"gate": is_part}
+
+LAYER_NORM_MODULATE = Fusion(
+    "layer_norm_modulate", modulate.layer_norm_modulate_reference, (_X, *_NORM), needs=_NEEDS, shared=_SHARED
+)
+ADD_LAYER_NORM_MODULATE = Fusion(
+    "add_layer_norm_modulate",
+    modulate.add_layer_norm_modulate_reference,
+    (_X, _X + 1, *_NORM),
+    needs=_NEEDS,
+    shared=_SHARED,
+)
+GATE_ADD_LAYER_NORM_MODULATE = Fusion(
+    "gate_add_layer_norm_modulate",
+    modulate.gate_add_layer_norm_modulate_reference,
+    (_X, _X + 1, _ROW + 2, *_NORM),
+    needs=_NEEDS,
+    only=_GATE,
+    shared=_SHARED,
+)
+GATE_ADD = Fusion("gate_add", modulate.gate_add_reference, (_X, _X + 1, _ROW), needs=_NEEDS, only=_GATE)
+
+
+def _rms_norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Any:
+    return torch.ops.sfast.rms_norm(x, weight, eps) * scale
+
+
+def _gate_rms_norm_add(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Any:
+    return x + gate * torch.ops.sfast.rms_norm(y, weight_y, eps_y)
+
+
+def _gate_rms_norm_add_rms_norm_scale(
+    x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor, weight: Tensor, eps: float, scale: Tensor
+) -> tuple[Any, Any]:
+    total = _gate_rms_norm_add(x, y, weight_y, eps_y, gate)
+    return _rms_norm_scale(total, weight, eps, scale), total
+
+
+_RMS_Y = (_X, _X + 1, _WEIGHT, _EPS_Y, _ROW)
+
+RMS_NORM_SCALE = Fusion("rms_norm_scale", _rms_norm_scale, (_X, _WEIGHT, _EPS, _ROW), needs=_NEEDS)
+GATE_RMS_NORM_ADD = Fusion("gate_rms_norm_add", _gate_rms_norm_add, _RMS_Y, needs=_NEEDS)
+GATE_RMS_NORM_ADD_RMS_NORM_SCALE = Fusion(
+    "gate_rms_norm_add_rms_norm_scale",
+    _gate_rms_norm_add_rms_norm_scale,
+    (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
+    needs=_NEEDS,
+)

@@ -1,0 +1,100 @@
+"""Gate, residual, norm and modulation against fp64: what broadcasts and what does not, wide rows, and the reference's part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfast.kernels import modulate
+from tests.kernels.fp64 import assert_close_to_fp64
+
+ops = torch.ops.sfast
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+shapes = pytest.mark.parametrize("shape", [(2, 5, 33), (3, 4, 64), (1, 3, 4100)], ids=str)
+
+
+def rows(kind: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Gate, scale and shift as models have them: cut out of one product, for each sample, for each token, or for all."""
+    B, T, C = shape
+    sizes = {"samples": (B, 1, 3 * C), "tokens": (B, T, 3 * C), "all": (3 * C,)}
+    return list((0.5 * torch.randn(sizes[kind], device=device)).to(dtype).chunk(3, -1))
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("kind", ["samples", "tokens", "all"])
+def test_layer_norm(kind, shape, dtype, device, runs_kernel) -> None:
+    x, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate, scale, shift = rows(kind, shape, device, dtype)
+    weight, bias = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
+    for affine in ((None, None), (weight, bias)):
+        norm = ([shape[-1]], *affine, 1e-6, scale, shift)
+        if runs_kernel:
+            assert modulate.takes(modulate._gate_add_layer_norm_modulate(x, y, gate, *norm))
+        result = ops.layer_norm_modulate(x, *norm)
+        assert_close_to_fp64(result, modulate.layer_norm_modulate_reference, x, *norm)
+        for part, result in enumerate(ops.add_layer_norm_modulate(x, y, *norm)):
+            assert_close_to_fp64(result, modulate.add_layer_norm_modulate_reference, x, y, *norm, part=part)
+        for pair in ((y, gate), (gate, y)) if kind == "samples" else ((y, gate),):
+            inputs = (x, *pair, *norm)
+            for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
+                assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+    assert_close_to_fp64(ops.gate_add(x, y, gate), modulate.gate_add_reference, x, y, gate)
+
+
+@dtypes
+@shapes
+def test_rms_norm(shape, dtype, device, runs_kernel) -> None:
+    x, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate, scale, _ = rows("samples", shape, device, dtype)
+    weight, weight_y = ((1 + 0.3 * torch.randn(shape[-1], device=device)).to(dtype) for _ in range(2))
+    inputs = (x, weight, 1e-6, scale)
+    assert_close_to_fp64(ops.rms_norm_scale(*inputs), modulate.rms_norm_scale_reference, *inputs)
+    inputs = (x, y, weight_y, 1e-2, gate)
+    assert_close_to_fp64(ops.gate_rms_norm_add(*inputs), modulate.gate_rms_norm_add_reference, *inputs)
+    inputs = (*inputs, weight, 1e-6, scale)
+    if runs_kernel:
+        assert modulate.takes(modulate._gate_rms_norm_add_rms_norm_scale(*inputs))
+    for part, result in enumerate(ops.gate_rms_norm_add_rms_norm_scale(*inputs)):
+        assert_close_to_fp64(result, modulate.gate_rms_norm_add_rms_norm_scale_reference, *inputs, part=part)
+
+
+def test_several_rows_to_a_program(device, monkeypatch) -> None:
+    monkeypatch.setattr(modulate, "PROGRAMS", 1)
+    x, (gate, scale, shift) = torch.randn(3, 7, 40, device=device), rows("samples", (3, 7, 40), device, torch.float32)
+    inputs = (x, x.flip(0), gate, [40], None, None, 1e-6, scale, shift)
+    for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
+        assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+
+
+def test_a_nan_spoils_its_own_row_and_no_other(device) -> None:
+    x, scale = torch.randn(1, 7, 48, device=device), torch.randn(1, 1, 48, device=device)
+    x[0, 3, 5] = float("nan")
+    result = ops.layer_norm_modulate(x, [48], None, None, 1e-6, scale, scale)[0]
+    assert result.isnan().all(dim=1).tolist() == [row == 3 for row in range(7)]
+    assert result.isnan().any(dim=1).tolist() == [row == 3 for row in range(7)]
+
+
+def test_what_is_left_to_the_reference(device) -> None:
+    x, row = torch.randn(2, 3, 8, device=device), torch.randn(2, 1, 8, device=device)
+    norm = ([8], None, None, 1e-6)
+    for job in (
+        modulate._layer_norm_modulate(x, *norm, row.half(), row),  # eager's result would be another precision
+        modulate._layer_norm_modulate(x, *norm, row[..., :1], row),
+        modulate._layer_norm_modulate(x, [3, 8], None, None, 1e-6, row, row),
+        modulate._gate_add(x, x[:, :1], row),
+        modulate._gate_add(x[0], x[0], row),  # the sum has more dimensions
+    ):
+        assert not modulate.takes(job)
+    narrow = (x, *norm, row[..., :1], row)
+    assert torch.equal(ops.layer_norm_modulate(*narrow), modulate.layer_norm_modulate_reference(*narrow))
+    assert torch.equal(ops.gate_add(x[0], x[0], row), modulate.gate_add_reference(x[0], x[0], row))
+
+
+def test_fake_tensors(device) -> None:
+    x, row = torch.randn(2, 3, 8, device=device), torch.randn(2, 1, 8, device=device)
+    inputs = (x, x + 1, row, [8], None, None, 1e-6, row, row)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.gate_add_layer_norm_modulate.default, inputs, test_utils=checks)
+    torch.library.opcheck(ops.gate_add.default, (x, x + 1, row), test_utils=checks)

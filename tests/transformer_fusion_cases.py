@@ -1,0 +1,171 @@
+"""More of `fusion_cases.py`: what diffusion transformers are made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.fusion_cases import GB, GW, Case, V, twice
+
+TEXT, TOKENS, TURN = torch.randn(2, 4, 3, 8), torch.randn(2, 5, 3, 8), torch.randn(1, 5, 1, 8)  # B, T, H, D; angles
+ROW = torch.randn(2, 1, 8)
+
+
+def _normed(x: Tensor, weight: Tensor = GW, power: int = 2) -> Tensor:
+    """RMSNorm, written out."""
+    variance = x.to(torch.float32).pow(power).mean(-1, keepdim=True)
+    return x * torch.rsqrt(variance + 1e-6) * weight
+
+
+def _rotated(x: Tensor, angle: Tensor, at: int = -1) -> Tensor:
+    real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=at).flatten(3)
+    return (x.float() * angle.cos() + turned.float() * angle.sin()).to(x.dtype)
+
+
+def _rotated_as_complex(x: Tensor, angle: Tensor, start: int = 3) -> Tensor:
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    table = torch.polar(torch.ones_like(angle[0, ..., ::2]), angle[0, ..., ::2])
+    return torch.view_as_real(pairs * table).flatten(start).type_as(x)
+
+
+def _rotated_pairs(x: Tensor, angle: Tensor, at: int = -1) -> Tensor:
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos()[..., ::2], angle.sin()[..., ::2]
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], at).flatten(-2).type_as(x)
+
+
+def _modulated(x: Tensor, row: Tensor, one: float = 1) -> Tensor:
+    return F.layer_norm(x, [8], None, None, 1e-6) * (one + row) + row * 2
+
+
+def _with_sum(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    return _modulated(total, row), total
+
+
+def _with_rms_sum(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    return _normed(total, GB) * (1 + row), total
+
+
+def _gate(row: Tensor) -> Tensor:
+    return row[:, 0][:, None]
+
+
+TRANSFORMER_CASES = [
+    Case(
+        "rms_norm",
+        lambda x: F.rms_norm(x, [8], GW, 1e-6),
+        None,
+        lambda x: _normed(x, power=4),
+        (V,),
+    ),
+    Case(
+        "rotary",
+        _rotated,
+        None,
+        lambda x, a: _rotated(x, a, at=3),
+        (TOKENS, TURN),
+    ),
+    Case(
+        "rotary_complex",
+        _rotated_as_complex,
+        None,
+        lambda x, a: _rotated_as_complex(x, a, start=2),
+        (TOKENS, TURN),
+    ),
+    Case(
+        "rotary_pairs",
+        _rotated_pairs,
+        None,
+        lambda x, a: _rotated_pairs(x, a, at=-2),
+        (TOKENS, TURN),
+    ),
+    Case(
+        "rms_norm_rotary",
+        lambda x, a: _rotated(_normed(x), a),
+        twice(lambda x, a: _normed(x), lambda m: _rotated(m, TURN)),
+        lambda x, a: _rotated(_normed(x, power=4), a),
+        (TOKENS, TURN),
+    ),
+    Case(
+        "rms_norm_rotary_complex",
+        lambda x, a: _rotated_as_complex(_normed(x), a),
+        twice(lambda x, a: _normed(x), lambda m: _rotated_as_complex(m, TURN)),
+        lambda x, a: _rotated_as_complex(_normed(x, power=4), a),
+        (TOKENS, TURN),
+    ),
+    Case(
+        "cat_rms_norm",
+        lambda x, y: torch.cat([_normed(x.transpose(1, 2)), _normed(y.transpose(1, 2), GB)], dim=2),
+        twice(lambda x, y: _normed(x), lambda m: torch.cat([m, _normed(m, GB)], dim=1)),
+        lambda x, y: torch.cat([_normed(x), _normed(y, power=4)], dim=1),
+        (TEXT, TOKENS),
+    ),
+    Case(
+        "cat_rms_norm_rotary",
+        lambda x, y, a: _rotated(torch.cat([_normed(x), _normed(y, GB)], dim=1), a),
+        twice(lambda x, y, a: torch.cat([_normed(x), _normed(x, GB)], 1), lambda m: _rotated(m, TURN[:, :1])),
+        lambda x, y, a: _rotated(torch.cat([_normed(x), _normed(y, GB)], dim=-3), a),
+        (TOKENS, TOKENS + 1, torch.randn(1, 10, 1, 8)),
+    ),
+    Case(
+        "cat_rms_norm_rotary_complex",
+        lambda x, y, a, b: torch.cat([_rotated_as_complex(_normed(x), a), _rotated_as_complex(_normed(y), b)], dim=1),
+        twice(
+            lambda x, y, a, b: _rotated_as_complex(_normed(x), a),
+            lambda m: torch.cat([m, _rotated_as_complex(_normed(m), TURN[:, :1])], dim=1),
+        ),
+        lambda x, y, a, b: torch.cat([_rotated_as_complex(_normed(x), a), _rotated_as_complex(_normed(y), b)], dim=-3),
+        (TEXT, TOKENS, TURN[:, :4], TURN),
+    ),
+    Case(
+        "layer_norm_modulate",
+        _modulated,
+        twice(lambda x, r: F.layer_norm(x, [8]) * (1 + r), lambda m: m + 2),
+        lambda x, r: _modulated(x, r, one=2),
+        (V, ROW),
+    ),
+    Case(
+        "add_layer_norm_modulate",
+        lambda x, y, r: _with_sum(x + y, r),
+        None,  # its middle value, the sum, is a result
+        lambda x, y, r: _with_sum(torch.add(x, y, alpha=2), r),
+        (V, V + 1, ROW),
+    ),
+    Case(
+        "gate_add_layer_norm_modulate",
+        lambda x, y, r: _with_sum(_gate(r) * y + x, r),
+        twice(lambda x, y, r: _gate(r) * y, lambda m: _with_sum(m + V, ROW)),
+        lambda x, y, r: _with_sum(torch.add(x, y * _gate(r), alpha=2), r),
+        (V, V + 1, ROW),
+    ),
+    Case(
+        "gate_add",
+        lambda x, y, r: x + _gate(r) * y,
+        twice(lambda x, y, r: _gate(r) * y, lambda m: m + V),
+        lambda x, y, r: x + r * y,  # a product of any two tensors
+        (V, V + 1, ROW),
+    ),
+    Case(
+        "rms_norm_scale",
+        lambda x, r: _normed(x) * (1 + r),
+        twice(lambda x, r: _normed(x), lambda m: m * ROW),
+        lambda x, r: _normed(x, power=4) * r,
+        (V, ROW),
+    ),
+    Case(
+        "gate_rms_norm_add",
+        lambda x, y, r: x + r.tanh() * _normed(y),
+        twice(lambda x, y, r: _normed(y), lambda m: V + ROW.tanh() * m),
+        lambda x, y, r: torch.add(x, r * _normed(y), alpha=2),
+        (V, V + 1, ROW),
+    ),
+    Case(
+        "gate_rms_norm_add_rms_norm_scale",
+        lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), r),
+        twice(lambda x, y, r: r * _normed(y), lambda m: _with_rms_sum(V + m, ROW)),
+        lambda x, y, r: _with_rms_sum(torch.add(x, r * _normed(y), alpha=2), r),
+        (V, V + 1, ROW),
+    ),
+]
