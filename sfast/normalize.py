@@ -29,6 +29,7 @@ def normalize(graph: Any) -> None:
     _drop_layout_copies(graph)
     torch._C._jit_pass_cse(graph)
     torch._C._jit_pass_constant_pooling(graph)
+    _drop_reunions(graph)
     torch._C._jit_pass_dce(graph)
     _constants_first(graph)
 
@@ -146,6 +147,36 @@ def _any_layout_will_do(node: Any) -> bool:
     lists = [reader for reader in readers if reader.kind() == "prim::ListConstruct"]
     readers += [use.user for node in lists for use in node.output().uses()]  # a list is read by what concatenates it
     return all(reader.kind() in _READ_ANY_LAYOUT or reader in lists for reader in readers)
+
+
+def _drop_reunions(graph: Any) -> None:
+    """`cat([x[:n], x[n:]])` is x: some transformers part text and image after every block, only to join them again."""
+    cats = [node for node in graph.nodes() if node.kind() == "aten::cat" and _any_layout_will_do(node)]
+    written = written_values(graph) if cats else frozenset()
+    for node in cats:
+        whole = _reunited(node)
+        if whole is not None and written.isdisjoint((whole.unique(), node.output().unique())):
+            node.output().replaceAllUsesWith(whole)
+
+
+def _reunited(cat: Any) -> Any | None:
+    """The tensor that was cut into exactly the pieces that an operator joins, if there is one."""
+    tensors = cat.inputsAt(0).node()
+    pieces = [value.node() for value in tensors.inputs()] if tensors.kind() == "prim::ListConstruct" else []
+    if len(pieces) < 2 or any(piece.kind() != "aten::slice" for piece in pieces):
+        return None
+    whole, *rest = [list(piece.inputs()) for piece in pieces]
+    source, dim, start, end, step = whole
+    if not all(map(is_constant, (dim, start, step, cat.inputsAt(1)))) or start.toIValue() not in (0, None):
+        return None
+    for x, along, begin, until, each in rest:
+        if x.unique() != source.unique() or along.unique() != dim.unique() or each.unique() != step.unique():
+            return None
+        if begin.unique() != end.unique():
+            return None
+        end = until
+    to_the_end = is_constant(end) and end.toIValue() in (None, _WHOLE)
+    return source if to_the_end and step.toIValue() == 1 and dim.toIValue() == cat.inputsAt(1).toIValue() else None
 
 
 def _constants_first(graph: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sfast.normalize import is_constant, normalize
-from sfast.writes import may_alias, written_values
+from sfast.writes import may_alias, writes, written_values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,7 +217,7 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     left = [value for node in kept for value in node.outputs()]
     if _read_outside(nodes, [*results, *left], sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
-    place = _place(nodes, arguments, [*results, *left])
+    place = _place(nodes, arguments, [*results, *left], unsafe)
     if place is None:
         return False
     for value in sums:
@@ -308,13 +308,32 @@ def _ask_operands_for_size(graph: Any, value: Any, nodes: list[Any]) -> None:
             use.user.replaceInputWith(value, unpack.outputsAt(0))
 
 
-def _place(nodes: list[Any], arguments: list[Any], results: list[Any]) -> Any | None:
-    """The node to insert before: behind all arguments, and before any reader of a result."""
+def _place(nodes: list[Any], arguments: list[Any], results: list[Any], unsafe: frozenset[int]) -> Any | None:
+    """The node to insert before: behind all arguments, and before any reader of a result.
+
+    What an argument is made of moves up there if it comes later and could as well come earlier.
+    """
     own = {_id(node) for node in nodes}
     readers = [use.user for value in results for use in value.uses() if _id(use.user) not in own]
     place = min([nodes[-1], *readers], key=functools.cmp_to_key(_before))
-    for argument in arguments:
-        node = argument.node()
-        if node.kind() != "prim::Param" and not node.isBefore(place):
-            return None
+    later: dict[int, Any] = {}
+    if not all(_can_come_before(place, argument.node(), own, unsafe, later) for argument in arguments):
+        return None
+    for node in later.values():
+        node.moveBefore(place)
     return place
+
+
+def _can_come_before(place: Any, node: Any, own: set[int], unsafe: frozenset[int], later: dict[int, Any]) -> bool:
+    """Whether a node is, or may be, before `place`; `later` takes what has to move for it, in order."""
+    if _id(node) in own:
+        return False  # it would wait for itself
+    if node.kind() == "prim::Param" or node.isBefore(place) or _id(node) in later:
+        return True
+    fixed = node.isNondeterministic() or writes(node) or any(True for _ in node.blocks())
+    if fixed or not unsafe.isdisjoint(_ids([*node.inputs(), *node.outputs()])):
+        return False
+    if not all(_can_come_before(place, value.node(), own, unsafe, later) for value in node.inputs()):
+        return False
+    later[_id(node)] = node
+    return True

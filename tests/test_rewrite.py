@@ -60,9 +60,7 @@ def test_a_number_is_no_residual() -> None:
 def test_a_fusion_has_several_spellings_and_leaves_out_what_is_implied() -> None:
     shape, eps = [8], 1.25e-3
     by_shape = Fusion("rms_norm", lambda x, s, w, e: F.rms_norm(x, s, w, e), (W, shape, B, eps), implied=("s",))
-    by_hand = Fusion(
-        "rms_norm", lambda x, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w, (W, B, eps)
-    )
+    by_hand = Fusion("rms_norm", lambda x, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w, (W, B, eps))
 
     def forward(x: Tensor) -> Tensor:
         x = F.rms_norm(x, [8], B, 1e-4)
@@ -207,6 +205,69 @@ def test_an_argument_that_is_computed_between_is_not_moved() -> None:
 
     traced = fused(forward, torch.randn(2, 8), torch.randn(2, 8), fusions=[ADD_LAYER_NORM])
     assert traced.fusions == {}
+
+
+def test_an_argument_that_may_be_computed_earlier_is_moved() -> None:
+    def forward(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = x + r
+        first = total[:1] * 2
+        weight = (w * 3)[0]
+        return F.layer_norm(total, [8], weight, B), total, first
+
+    inputs = torch.randn(2, 8), torch.randn(2, 8), torch.randn(1, 8)
+    assert fused(forward, *inputs, fusions=[ADD_LAYER_NORM]).fusions == {"add_layer_norm": 1}
+
+    def written_between(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, copy = x + r, w * 1.5
+        first = total[:1] * 2
+        copy[0].add_(first[0])
+        return F.layer_norm(total, [8], (copy * 3)[0], B), total, first
+
+    assert fused(written_between, *inputs, fusions=[ADD_LAYER_NORM]).fusions == {}
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_what_is_parted_only_to_be_joined_stays_whole(pieces: int) -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 2
+        n = x.shape[1] // 3
+        parts = (x[:, :n], x[:, n:]) if pieces == 2 else (x[:, :n], x[:, n : 2 * n], x[:, 2 * n :])
+        return F.layer_norm(torch.cat(parts, 1), [8]), parts[0].sin()
+
+    assert "aten::cat" not in _kinds(forward, torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, n: torch.cat([x[:, n:], x[:, :n]], 1),
+        lambda x, n: torch.cat([x[:, :n], x[:, n:]], 2),
+        lambda x, n: torch.cat([x[:, :n], x[:, n:-1]], 1),
+        lambda x, n: torch.cat([x[:, 1:n], x[:, n:]], 1),
+        lambda x, n: torch.cat([x[:, :n], (x * 3)[:, n:]], 1),
+        lambda x, n: torch.cat([x[:, :n], x[:, n + 1 :]], 1),
+        lambda x, n: torch.cat([x[:, :n:2], x[:, n::2]], 1),
+    ],
+    ids=["turned", "along another", "cut", "begun late", "of another", "with a gap", "in steps"],
+)
+def test_what_is_joined_otherwise_is_still_joined(join: Callable[..., Tensor]) -> None:
+    def along_any(x: Tensor) -> Tensor:
+        joined = join(x * 2, x.shape[1] // 2)
+        return joined + joined
+
+    assert "aten::cat" in _kinds(along_any, torch.randn(2, 6, 8))
+
+
+def test_a_joined_copy_that_is_written_to_stays_one() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 2
+        joined = torch.cat([x[:, :2], x[:, 2:]], 1)
+        joined[0].add_(1)
+        return joined + 1, x + 1
+
+    x = torch.randn(2, 6, 8)
+    traced = fused(forward, x, fusions=[LINEAR_SILU])
+    assert not traced.fusions
 
 
 def _kinds(forward: Callable[..., Any], *args: Tensor) -> list[str]:
