@@ -18,7 +18,10 @@ from sfast import fallback
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes long: pytest -m slow"))
     if torch.cuda.is_available():
         return
     reason = f"needs an NVIDIA GPU, and torch {torch.__version__} sees none"

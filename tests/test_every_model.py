@@ -1,0 +1,46 @@
+"""Every model class of diffusers gives eager's result when it is compiled, whatever it is called with and in which order."""
+
+import logging
+
+import diffusers
+import pytest
+
+from tests.every_model import TABLE, cases, exported, table, try_out, uncovered, written
+from tests.every_model import row as row_of
+
+CLASSES = exported()
+CASES = cases()
+
+
+def _parameters():
+    for name in sorted(CLASSES.keys() & CASES.keys()):
+        yield pytest.param(name, marks=[pytest.mark.slow] if CASES[name].slow else [])
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    caplog.set_level(logging.ERROR)
+
+
+@pytest.mark.parametrize("name", _parameters())
+def test_a_compiled_model_gives_the_result_of_eager(name):
+    outcome = try_out(CLASSES[name], CASES[name])
+    assert not outcome.wrong
+    assert not outcome.dull, "the calls do not show what they are there to show"
+    rows = written()
+    if rows:
+        assert rows.get(name) == row_of(outcome), "docs/models.md is out of date: python -m tests.every_model"
+
+
+def test_every_class_that_diffusers_exports_is_tried():
+    new = CLASSES.keys() - CASES.keys() - uncovered().keys()
+    assert not new, f"diffusers {diffusers.__version__} has classes without a case in tests/model_cases: {sorted(new)}"
+
+
+def test_the_table_has_a_row_for_every_class_that_is_tried():
+    rows = written()
+    if not rows:
+        pytest.skip("docs/models.md was written with another diffusers or torch")
+    known = {name: rows[name] for name in rows if name in CASES}
+    assert known.keys() == CLASSES.keys() & CASES.keys()
+    assert TABLE.read_text() == table(known)
