@@ -14,7 +14,7 @@ from sfast import CompilationConfig
 from sfast.component import component_of
 from tests import tiny
 from tests.tiny import Pipeline
-from tests.twins import TOLERANCE, Twin, differ, relative_error, traces
+from tests.twins import TOLERANCE, Twin, relative_error, traces
 
 
 def other_unet(pipe: Pipeline) -> None:
@@ -28,7 +28,7 @@ def test_another_unet_is_compiled_and_the_old_one_freed(said: Any) -> None:
     old, pictures = weakref.ref(twin.pipe.unet), component_of(twin.pipe.unet).pictures
     other_unet(twin.pipe)
     second = twin.draws_as(other_unet)
-    assert differ(second, first)
+    assert twin.differ(second, first)
     assert component_of(twin.pipe.unet).pictures is pictures  # it counts the same pictures
     assert twin.traces() == {"text_encoder": 1, "unet": 1}
     gc.collect()

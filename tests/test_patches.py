@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast.patches import namespaces
-from tests.twins import Twin, differ, relative_error
+from tests.twins import Twin, relative_error
 
 
 def shift(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_patched_attention_of_a_pipeline(said: Any, monkeypatch: pytest.MonkeyPa
     plain = twin.draws_as()
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **kw: attention(q * 2, k, v, **kw))
-    assert differ(twin.draws_as(), plain)
+    assert twin.differ(twin.draws_as(), plain)
     assert twin.traces() == {"text_encoder": 2, "unet": 2}
     processor = attention_processor.AttnProcessor2_0
     inner = processor.__call__
