@@ -1,8 +1,8 @@
 """Linear layers that read the same tensor become one operator, and their weights neighbours in memory.
 
 Not a pattern like the fusions: any number of layers may read one tensor. The layers of one group must have weights of
-one width, and all or none of them a bias. What reads an input of the graph directly stays as it is: if it is a prompt,
-it leaves the loop anyway.
+one width, and all or none of them a bias; a group of very large weights becomes several operators. What reads an input
+of the graph directly stays as it is: if it is a prompt, it leaves the loop anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from sfast.writes import written_values
 
 NAME = "linear_together"
-MAX_BYTES = 256 * 2**20  # of one group: so much memory is taken for the moment of moving its weights
+MAX_BYTES = 256 * 2**20  # of weights in one product: so much memory is taken for the moment of moving them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,31 @@ def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
             groups[x.unique(), has_bias].append(node)
     packs = []
     taken: set[int] = set()
-    for (_, has_bias), nodes in groups.items():
+    parts = [(key[1], part) for key, group in groups.items() for part in _parts(group, places, weights)]
+    for has_bias, nodes in parts:
         pack = _pack(nodes, has_bias, places)
         members = {*pack.weights, *pack.biases}
         if len(nodes) < 2 or members & taken or len(members) != len(nodes) * (1 + has_bias):
             continue  # a weight used twice can have only one neighbour
-        if sum(weights[i].numel() * weights[i].element_size() for i in members) > MAX_BYTES:
-            continue
         taken |= members
         packs.append(pack)
         _replace(graph, nodes, has_bias)
     return packs
+
+
+def _parts(nodes: list[Any], places: dict[int, int], weights: list[torch.Tensor]) -> list[list[Any]]:
+    """The layers of a group, in order, in as few parts as MAX_BYTES allows: all blocks' modulations read one tensor."""
+    parts: list[list[Any]] = [[]]
+    size = 0
+    for node in nodes:
+        own = [weights[places[value.unique()]] for value in node.inputs() if value.unique() in places]
+        more = sum(weight.numel() * weight.element_size() for weight in own)
+        if size + more > MAX_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(node)
+        size += more
+    return parts
 
 
 def _pack(nodes: list[Any], has_bias: bool, places: dict[int, int]) -> Pack:

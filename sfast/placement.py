@@ -14,6 +14,8 @@ import torch
 from sfast.kernels.linear_together import are_adjacent
 from sfast.merge import Pack
 
+RELEASE_BYTES = 512 * 2**20  # of moved weights, whose old memory is then given back: no other pack would fit into it
+
 
 class Placement:
     """Moves a module's weights, and remembers which, without keeping any alive."""
@@ -54,9 +56,13 @@ class Placement:
 
     def bring_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> None:
         """Move the weights of each pack to one storage, unless they lie there already or are not free to move."""
+        moved = 0
         for pack in packs:
             for places in (pack.weights, pack.biases):
                 group = [weights[i] for i in places]
+                if moved > RELEASE_BYTES:
+                    torch.cuda.empty_cache()
+                    moved = 0
                 if len(group) < 2 or not _movable(group) or are_adjacent(group):
                     continue
                 with torch.inference_mode(False), torch.no_grad():
@@ -65,6 +71,9 @@ class Placement:
                     assert isinstance(weight, torch.nn.Parameter)
                     _move(weight, part)
                     self._packed[id(weight)] = weight
+                moved += together.nbytes if together.is_cuda else 0
+        if moved > RELEASE_BYTES // 8:
+            torch.cuda.empty_cache()
 
     def undo(self) -> None:
         """Every weight has a storage of its own again, in its old memory format; but for those that others look at."""

@@ -105,6 +105,23 @@ def test_a_group_too_large_to_move_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert "linear_together" not in sfast.report(compiled).fusions
 
 
+def test_a_large_group_is_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Modulations(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.silu(x)
+            return torch.stack([layer(x) for layer in self.layers])
+
+    monkeypatch.setattr(merge, "MAX_BYTES", 2 * (6 * 4 + 4) * 4)
+    eager, compiled = pair(Modulations())
+    x = torch.randn(2, 6)
+    agree(compiled(x), eager(x))
+    assert sfast.report(compiled).fusions["linear_together"] == 2  # and the fifth alone
+
+
 def test_what_reads_an_input_is_left_for_hoisting() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:

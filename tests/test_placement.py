@@ -5,7 +5,9 @@ import torch
 from torch.nn import Parameter
 
 import sfast
+from sfast import placement
 from sfast.component import component_of
+from sfast.merge import Pack
 from sfast.placement import Placement
 
 
@@ -67,3 +69,14 @@ def test_an_error_of_the_forward_itself_changes_no_layout() -> None:
         module(torch.randn(2, 4, 6, 5))
     assert component._placement.make_channels_last(list(module.parameters()))
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_memory_that_moved_weights_leave_behind_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "RELEASE_BYTES", 64 * 2**20)
+    layers = [torch.nn.Linear(2048, 4096, bias=False, device="cuda") for _ in range(24)]  # 32 MiB each
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    packs = [Pack((i, i + 1, i + 2), ()) for i in range(0, 24, 3)]
+    Placement().bring_together(packs, [layer.weight for layer in layers])
+    assert torch.cuda.memory_reserved() <= before + 256 * 2**20

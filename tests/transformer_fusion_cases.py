@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.fusion_cases import GB, GW, Case, V, twice
 
 TEXT, TOKENS, TURN = torch.randn(2, 4, 3, 8), torch.randn(2, 5, 3, 8), torch.randn(1, 5, 1, 8)  # B, T, H, D; angles
-ROW = torch.randn(2, 1, 8)
+ROW, WIDE = torch.randn(2, 1, 8), torch.randn(8, 16)
 
 
 def _normed(x: Tensor, weight: Tensor = GW, power: int = 2) -> Tensor:
@@ -167,5 +167,12 @@ TRANSFORMER_CASES = [
         twice(lambda x, y, r: r * _normed(y), lambda m: _with_rms_sum(V + m, ROW)),
         lambda x, y, r: _with_rms_sum(torch.add(x, r * _normed(y), alpha=2), r),
         (V, V + 1, ROW),
+    ),
+    Case(
+        "linear_cat",
+        lambda x, y: F.linear(torch.cat([x, y], 2), WIDE, GB),
+        twice(lambda x, y: torch.cat([x, y], 2), lambda m: F.linear(m, WIDE, GB)),
+        lambda x, y: F.linear(torch.stack([x, y], 2).flatten(2), WIDE, GB),
+        (V, V + 1),
     ),
 ]

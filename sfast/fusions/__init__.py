@@ -23,6 +23,7 @@ from sfast.fusions.layer_norm import ADD_LAYER_NORM, LAYER_NORM
 from sfast.fusions.linear import (
     LINEAR,
     LINEAR_ADD,
+    LINEAR_CAT,
     LINEAR_GEGLU,
     LINEAR_GELU,
     LINEAR_IMAGE_ADD,
@@ -99,6 +100,7 @@ FUSIONS: list[Fusion] = [
     CONV2D_BIAS,
     XFORMERS_ATTENTION,  # before CROSS_ATTENTION and ATTENTION, which have its pattern: who asks for xformers gets it
     CROSS_ATTENTION,  # before LINEAR and ATTENTION, which it contains
+    LINEAR_CAT,  # before LINEAR_ADD and LINEAR, which would leave the concatenation
     LINEAR_IMAGE_ADD,
     LINEAR_ADD,  # after ADD_LAYER_NORM, which adds at less cost than an epilogue where it can
     LINEAR,  # after all that contain it
