@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from sfast.fallback import note
+from sfast.fallback import let_through, note
 
 MAGIC = "sfast cache 1"
 OUR_FILE = re.compile(r"[0-9a-f]{40}\.txt|\.\w{8}\.new")  # the second while it is written
@@ -55,6 +55,7 @@ def get(namespace: str, key: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        let_through(error)  # a TimeoutError is one, too
         note("cache folder", f"{file} cannot be read: {error.strerror}")
         return None
     value = _unpack(key, content)
@@ -80,6 +81,7 @@ def put(namespace: str, key: str, value: str) -> bool:
                 os.unlink(written)
             raise
     except OSError as error:
+        let_through(error)
         note("cache folder", f"nothing is kept for the next process: {error.strerror}: {file.parent}")
         return False
     return True

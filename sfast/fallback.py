@@ -6,11 +6,21 @@ here; the first time it is logged, every time after that it is only remembered.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import functools
+import inspect
+import itertools
 import logging
+import re
+import signal
 import threading
 import time
+import types
 from collections.abc import Iterator
+from typing import Any
+
+import torch
 
 logger = logging.getLogger("sfast")
 
@@ -55,3 +65,107 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().partition("\nAt:\n")[0].splitlines() if line.strip()]
     line = (lines[-1] if "TorchScript" in lines[0] else lines[0]) if lines else ""
     return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's memory did not suffice: PyTorch, the driver and libraries say it differently."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "sfast_native: no memory", "ALLOCATION_FAILED")
+
+
+# What is no failure of ours: an exception that a signal handler raises, wherever we are at that moment.
+
+
+def let_through(error: Exception) -> None:
+    """Raise `error` again where a signal handler has raised it (a time limit, say): it is meant for whoever waits for it.
+
+    Whoever takes exceptions for failures of what it tries asks here first. (KeyboardInterrupt and SystemExit are no
+    `Exception`s, and go their way without.)
+    """
+    if not _passes(error):
+        return
+    if _passing.becomes_text:
+        _passing.error = error
+    raise error
+
+
+@contextlib.contextmanager
+def keeping_exceptions() -> Iterator[None]:
+    """Around an interpreter that makes a RuntimeError, with a text, of whatever an operator in Python raises.
+
+    What `let_through` has let through within comes out as it was.
+    """
+    before, _passing.becomes_text = _passing.becomes_text, True
+    try:
+        yield
+    except RuntimeError as error:
+        if _passing.error is not None:
+            raise _passing.error from None
+        if (told := _told_by_a_handler(str(error))) is not None:
+            raise told from None
+        raise
+    finally:
+        _passing.becomes_text, _passing.error = before, None
+
+
+class _Passing(threading.local):
+    becomes_text = False
+    error: Exception | None = None
+
+
+_passing = _Passing()
+_PASSES = "_passes_sfast"  # set on an exception that was made anew
+
+
+def _passes(error: BaseException) -> bool:
+    if hasattr(error, _PASSES):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None:
+        if _is_a_handlers(traceback.tb_frame):
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _is_a_handlers(frame: types.FrameType) -> bool:
+    """Whether a function was called as signal handlers are: with the signal's number and a frame."""
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]
+    given: list[object] = []
+    for name in names:
+        value = frame.f_locals.get(name)
+        given += value if isinstance(value, tuple) else [value]
+    return any(isinstance(a, int) and isinstance(b, types.FrameType) for a, b in itertools.pairwise(given))
+
+
+def _told_by_a_handler(text: str) -> Exception | None:
+    """The exception of a signal handler, made anew from a text that says where in Python it was raised."""
+    cause, at, places = text.rpartition("\nRuntimeError: ")[2].partition("\n\nAt:\n")
+    found = [_PLACE.fullmatch(line.strip()) for line in places.splitlines()]
+    if not at or _handlers().isdisjoint(place.groups() for place in found if place):
+        return None
+    name, _, message = cause.partition(": ")
+    kind = getattr(builtins, name, None)
+    known = isinstance(kind, type) and issubclass(kind, Exception)
+    error: Exception = kind(message) if known else RuntimeError(cause)  # type: ignore[misc]
+    setattr(error, _PASSES, True)
+    return error
+
+
+_PLACE = re.compile(r"(.*)\(\d+\): (.*)")
+
+
+def _handlers() -> set[tuple[str, ...]]:
+    """File and name of every signal handler in Python."""
+    found: set[tuple[str, ...]] = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        code = getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
+        if code is not None:
+            found.add((code.co_filename, code.co_name))
+    return found

@@ -13,7 +13,15 @@ from typing import Any
 STATE = "__getstate__"  # Python looks for it in the object first
 
 
-class Instead:
+class StandIn:
+    """What stands in the place of an object's method, and is no part of its state."""
+
+    def in_copies(self, name: str) -> Any:
+        """What a copy of the object has under this name; None for the class's own method."""
+        return None
+
+
+class Instead(StandIn):
     """What stands in the object's own dictionary."""
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
@@ -27,15 +35,25 @@ class Instead:
 def put(owner: Any, name: str, function: Callable[..., Any]) -> None:
     """Have `function(method, *args, **kwargs)` called where `owner.name(*args, **kwargs)` is."""
     vars(owner)[name] = Instead(owner, name, function)
+    stay_out_of_copies(owner)
+
+
+def stay_out_of_copies(owner: Any) -> None:
+    """Have copies of the object, shallow ones too, made without what stands in for its methods."""
     vars(owner)[STATE] = functools.partial(_state_without, owner)
+
+
+def go_into_copies(owner: Any) -> None:
+    """The contrary, when nothing stands in for a method any more."""
+    if not any(isinstance(value, StandIn) for value in vars(owner).values()):
+        vars(owner).pop(STATE, None)
 
 
 def take_back(owner: Any, name: str) -> None:
     """The object's method is its class's again, if something stands in its place."""
     if isinstance(getattr(owner, "__dict__", {}).get(name), Instead):
         del vars(owner)[name]
-        if not any(isinstance(value, Instead) for value in vars(owner).values()):
-            vars(owner).pop(STATE, None)
+        go_into_copies(owner)
 
 
 def is_free(owner: Any, name: str) -> bool:
@@ -51,4 +69,6 @@ def _state_without(owner: Any) -> Any:
     )  # before 3.11 `object` has none
     if not isinstance(state, dict):
         return state
-    return {name: value for name, value in state.items() if name != STATE and not isinstance(value, Instead)}
+    kept = {name: value for name, value in state.items() if name != STATE and not isinstance(value, StandIn)}
+    stood_in = {name: value.in_copies(name) for name, value in state.items() if isinstance(value, StandIn)}
+    return {**kept, **{name: value for name, value in stood_in.items() if value is not None}}

@@ -50,7 +50,24 @@ def recall_choices(device: torch.device) -> None:
         if _kept[device]:
             torch.ops.sfast_native.recall(device.index, _kept[device])
     except Exception as error:  # then they are measured
+        fallback.let_through(error)
         fallback.logger.debug("choices of an earlier process could not be taken over", exc_info=error)
+
+
+_borrowed: dict[tuple[torch.device, str], str] = {}  # what was measured for another size: (device, problem) -> recipe
+
+
+def measured(device: torch.device) -> dict[str, str]:
+    """Problem -> recipe of every choice that was measured for just that problem, in this process or an earlier one."""
+    chosen = _by_problem(torch.ops.sfast_native.choices(device.index)) if available() else {}
+    known = {**_by_problem(_kept.get(device, "")), **chosen}
+    return {problem: recipe for problem, recipe in known.items() if _borrowed.get((device, problem)) != recipe}
+
+
+def borrow(device: torch.device, problem: str, recipe: str) -> None:
+    """Have a problem that was not met yet computed by the kernel of another one."""
+    _borrowed[device, problem] = recipe
+    torch.ops.sfast_native.recall(device.index, f"{problem} = {recipe}\n")
 
 
 def keep_choices(device: torch.device) -> None:
@@ -58,13 +75,14 @@ def keep_choices(device: torch.device) -> None:
     if device not in _kept:
         return
     try:
-        mine = _by_problem(torch.ops.sfast_native.choices(device.index))
+        mine = measured(device)
         if mine.items() <= _by_problem(_kept[device]).items():
             return
         others = _by_problem(disk_cache.get("plans", _environment(device)) or "")
         _kept[device] = "".join(f"{problem} = {recipe}\n" for problem, recipe in {**others, **mine}.items())
         disk_cache.put("plans", _environment(device), _kept[device])
     except Exception as error:
+        fallback.let_through(error)
         fallback.logger.debug("the chosen kernels cannot be kept", exc_info=error)
 
 

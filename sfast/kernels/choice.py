@@ -8,7 +8,6 @@ next. Nothing is measured while a stream captures: then the first way answers, u
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfast import disk_cache
-from sfast.fallback import logger, note
+from sfast.fallback import let_through, logger, note
 from sfast.kernels.precompile import is_rehearsing, left_out
 
 Way = Callable[..., Tensor]
@@ -57,6 +56,7 @@ def fastest(question: str, ways: Mapping[str, Way], *inputs: Any) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # it was measured, perhaps by another process, and has worked then
+        let_through(error)
         note(f"{name} for {question}", f"{first} runs instead: {type(error).__name__}: {str(error)[:200]}")
         _chosen[question, device] = first
         return ways[first](*inputs)
@@ -91,8 +91,10 @@ def _are_compiled(ways: Mapping[str, Way], inputs: tuple[Any, ...]) -> bool:
         return True
     before = left_out()
     for way in list(ways.values())[1:]:
-        with contextlib.suppress(Exception):  # it will say so again when it is measured
+        try:
             way(*inputs)
+        except Exception as error:  # it will say so again when it is measured
+            let_through(error)
     return left_out() == before
 
 
@@ -112,6 +114,7 @@ def _measure(question: str, device: torch.device, ways: Mapping[str, Way], input
             else:
                 note(f"{name} for {question}", f"is not used: its result differs by {wrong:.3g}")
         except Exception as error:  # out of memory, too
+            let_through(error)
             if str(error).startswith("sfast_native"):  # a native op that says no means this shape alone
                 logger.debug("%s for %s: %s", name, question, error)
             else:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfast.kernels import conv2d_few
+from sfast.kernels import conv2d_few, nearby
 from sfast.kernels.native_ops import native_conv2d_takes
 from sfast.kernels.op import define
 
@@ -128,7 +128,7 @@ def _define_conv2d(name: str, reference: Callable[..., Tensor], activation: str)
         residual, geometry = (rest[0], rest[1:]) if adds else (None, rest)
         if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *geometry):
             return torch.ops.sfast.conv2d_few(x, weight, bias, *geometry)
-        return torch.ops.sfast_native.conv2d(x, weight, bias, residual, *geometry, activation)
+        return nearby.conv2d(x, weight, bias, residual, *geometry, activation)
 
     define(
         f"{name}(Tensor x, Tensor weight, {bias_type} bias, {residual_argument}"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels import nearby
 from sfast.kernels.native_ops import native_conv2d_takes
 from sfast.kernels.op import define
 
@@ -85,7 +86,7 @@ def _define_conv3d(name: str, reference: Callable[..., Tensor], adds: bool) -> N
     def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         residual, (stride, padding, dilation, groups) = (_image(rest[0]), rest[1:]) if adds else (None, rest)
         geometry = [stride[0], 1], [padding[0], 0], [dilation[0], 1], groups
-        image = torch.ops.sfast_native.conv2d(_image(x), _image(weight), bias, residual, *geometry, "none")
+        image = nearby.conv2d(_image(x), _image(weight), bias, residual, *geometry, "none")
         return image.unflatten(3, x.shape[3:])
 
     define(

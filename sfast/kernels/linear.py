@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels import nearby
 from sfast.kernels.native_ops import native_linear_takes
 from sfast.kernels.op import define
 
@@ -33,16 +34,16 @@ def linear_image_add_reference(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.sfast_native.linear(x, weight, bias, None, "none")
+    return nearby.linear(x, weight, bias, None, "none")
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.sfast_native.linear(x, weight, bias, residual, "none")
+    return nearby.linear(x, weight, bias, residual, "none")
 
 
 def _linear_image_add(x: Tensor, weight: Tensor, bias: Tensor | None, size: list[int], residual: Tensor) -> Tensor:
     rows = residual.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-    image = torch.ops.sfast_native.linear(x, weight, bias, rows, "none")
+    image = nearby.linear(x, weight, bias, rows, "none")
     return image.view(residual.shape[0], *residual.shape[2:], residual.shape[1]).permute(0, 3, 1, 2)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sfast.fallback import note
+from sfast.fallback import is_out_of_memory, let_through, note
 from sfast.kernels.precompile import left_out
 
 LIBRARY = torch.library.Library("sfast", "FRAGMENT")
@@ -54,7 +54,9 @@ def define(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not str(error).startswith("sfast_native"):  # a native op that says no means this shape alone
+            let_through(error)
+            # A native op that says no means this shape alone, and memory may be there again at the next call.
+            if not str(error).startswith("sfast_native") and not is_out_of_memory(error):
                 _resting.add(key)
             what = f"kernel {name} for {args[0].dtype} on {args[0].device}"
             note(what, f"runs as plain PyTorch: {first_line(error)}")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sfast.fallback import logger, timed
+from sfast.fallback import let_through, logger, timed
 from sfast.triton_cache import mend
 
 LONGEST_START = 30.0  # seconds; after that whoever needs Triton starts it again
@@ -62,6 +62,7 @@ def _logged(step: Callable[[], Any]) -> Any:
     try:
         return step()
     except Exception as error:  # whoever launches a kernel will hear of it
+        let_through(error)
         logger.debug("while Triton was prepared: %s", error, exc_info=error)
         return None
 
@@ -145,6 +146,7 @@ class Rehearsal:
         try:
             return not isinstance(run(*args, grid=grid, warmup=True, **options), self._futures.FutureKernel)
         except Exception as error:  # another Triton: no more of this, kernels are compiled where they are launched
+            let_through(error)
             logger.debug("kernels are compiled one after the other: %s", error, exc_info=error)
             self._futures.active_mode.set(None)
             return True
