@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from sfast import fallback, native, verify
+from sfast import fallback, launch, native, verify
 from sfast.config import CompilationConfig
 from sfast.containers import ChangesContainers, repeat
-from sfast.cuda_graph import pool_of
+from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
 from sfast.fusions import chosen_fusions
-from sfast.loop import Loop, Pictures, Watch
+from sfast.instead import StandIn, go_into_copies, stay_out_of_copies
+from sfast.kernels import nearby
+from sfast.loop import Pictures, Watch
 from sfast.lora import take_scale
 from sfast.placement import Placement
 from sfast.plan import Ahead, EagerCall, Plan, RandomOffset, Rest
@@ -36,7 +38,7 @@ MAX_NOTES = 16  # different reasons of one module that are logged and reported
 MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
 
 
-class Component:
+class Component(StandIn):
     """A callable in the place of `module.forward`."""
 
     def __init__(
@@ -59,12 +61,16 @@ class Component:
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
         self._placement = Placement()
-        self._rest = Rest()
-        self._lock = threading.RLock()
+        self.rest = Rest()
+        self.lock = threading.RLock()
         self._active = True
         functools.update_wrapper(self, getattr(module, self._place), updated=())
 
     __dict__ = property(lambda self: {})  # what wraps us copies it, as functools.wraps does
+
+    def in_copies(self, name: str) -> Any:
+        """The forward of a copy, None for its class's; what accelerate's wrapper asks for is left to `__reduce__`."""
+        return self._own_forward if name == "forward" else self
 
     def __reduce__(self) -> Any:  # a copied or unpickled module is as it was before
         return (_eager_forward, (self.module,)) if self._own_forward is None else (_itself, (self._own_forward,))
@@ -74,6 +80,7 @@ class Component:
     def install(self) -> None:
         """Take the place of the module's forward."""
         self.module.__dict__[self._place] = self
+        stay_out_of_copies(self.module)
 
     def remove(self) -> None:
         """Put the module back as it was, bit for bit, and release all graphs."""
@@ -86,7 +93,8 @@ class Component:
                 del self.module.__dict__[place]
             else:
                 self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
-        with self._lock:
+        go_into_copies(self.module)
+        with self.lock:
             self._forget()
             self.state.adapters.take_out()
             self._placement.undo()
@@ -115,7 +123,7 @@ class Component:
                 return _result(ahead.call, ahead.outputs, args, kwargs)
             ahead.take_back()
         if self.state.version != self._version:
-            with self._lock:
+            with self.lock:
                 self._forget()  # another computation: what was traced for the one before is never asked again
                 self._version = self.state.version
         self._merge_adapters()
@@ -127,22 +135,26 @@ class Component:
 
         tensors, signature, shapes = self._look_at(call, tensors)
         plan = self._plans.get((signature, shapes)) or self._plans.get(signature)
-        if plan is None:
-            with self._lock:
-                plan = self._plans.get((signature, shapes))  # another thread may have been first
-                if plan is None:
+        if plan is None or plan.waits_no_longer():
+            with self.lock:
+                now = self._plans.get((signature, shapes))  # another thread may have been first
+                if now is None or now is plan:
                     return self._prepare(signature, shapes, call, tensors, args, kwargs)
+                plan = now
         if plan.call is None:
-            return self.eager(*args, **kwargs)
+            return self._eagerly(args, kwargs)
         try:
-            return _result(plan.call, self._run(plan, tensors), args, kwargs)
+            return _result(plan.call, launch.run(self, plan, tensors), args, kwargs)
         except Exception as error:  # or it is eager's own: then eager raises it
+            fallback.let_through(error)
+            if fallback.is_out_of_memory(error):
+                make_room(self.state.device)
             self.note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
-            return self.eager(*args, **kwargs)
+            return self._eagerly(args, kwargs)
 
     def _merge_adapters(self) -> None:
         if self.state.adapters.dirty:
-            with self._lock, fallback.timed(f"{self.name}: merging adapters"):
+            with self.lock, fallback.timed(f"{self.name}: merging adapters"):
                 self.state.merge_adapters()
 
     def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
@@ -165,110 +177,17 @@ class Component:
             return None
         try:
             drawn = RandomOffset(self.state.device)
-            return Ahead(plan.call, self._run(plan, tensors), drawn)
+            return Ahead(plan.call, launch.run(self, plan, tensors), drawn)
         except Exception as error:  # it will come again in its own time
+            fallback.let_through(error)
             fallback.logger.debug("%s: not ahead: %s", self.name, error)
             return None
 
-    def _run(self, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        assert plan.call is not None
-        if self._must_wait(plan):
-            return plan.call.run(self.state.weights, tensors)
-        if plan.loop is not None:
-            with self._lock:  # between prologue and body no other thread may bring another prompt
-                outputs = self._run_loop(plan, plan.loop, tensors) if plan.loop is not None else None
-            if outputs is not None:
-                return outputs
-        runner = plan.runner
-        if plan.capture and (runner is None or runner.graph is None or plan.pointers != self.state.pointers):
-            with self._lock:
-                self._capture(plan, tensors)
-            runner = plan.runner
-        replayed = runner(tensors) if runner is not None else None
-        outputs = replayed if replayed is not None else plan.call.run(self.state.weights, tensors)
-        if (watch := plan.watch) is not None:
-            try:
-                self._look_for_a_loop(plan, watch, tensors, outputs)
-            except KeyboardInterrupt:
-                plan.watch = watch  # found once, it will be found again
-                raise
-        return outputs
-
-    def _look_for_a_loop(
-        self, plan: Plan, watch: Watch, tensors: list[torch.Tensor], whole: list[torch.Tensor]
-    ) -> None:
-        """Split the plan's call where some of its tensors are the same as in the last call and decide something."""
-        stable = watch.stable(tensors)
-        if stable or watch.done():
-            plan.watch = None
-        split = plan.call.split(stable) if stable and isinstance(plan.call, Trace) else None
-        if split is None or any(self.state.weights[i].is_inference() for i in split.prologue_weights):
-            return
-        with self._lock, fallback.timed(f"{self.name}: hoisting"):
-            pool = pool_of(self.state.device) if plan.capture else None
-            loop = Loop(split, stable, pool, self.config.graph_memory_budget)
-            self._drop(plan)  # the two parts take its place
-            result = self._run_loop(plan, loop, tensors)
-            if result is None:
-                return
-            pairs = zip(result, whole, strict=True) if self.config.verify else ()
-            if not all(verify.relative_error(mine, right) <= verify.tolerance(right) for mine, right in pairs):
-                loop.release()
-                self.note(f"nothing is hoisted at {describe_shapes(tensors)}: the parts disagree with the whole")
-                return
-            plan.loop = loop
-
-    def _run_loop(self, plan: Plan, loop: Loop, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """The loop's result; None, and the plan's call as a whole from now on, where it fails or does not pay."""
-        if not loop.wasted():
-            try:
-                return loop(self.state.weights, self.state.pointers, self.pictures.count, tensors)
-            except Exception as error:
-                self.note(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
-        loop.release()
-        plan.loop = None
-        return None
-
-    def _must_wait(self, plan: Plan) -> bool:
-        """Whether the graphs of a plan are useless now, and new ones would be soon."""
-        if not plan.capture or plan.fits(self.state.pointers) or self._rest.is_long_enough(self.state.own):
-            return False
-        self.note(Rest.WHY)
-        with self._lock:
-            if plan.loop is not None:
-                plan.watch = Watch()  # it will be found again
-            self._drop(plan)
-        return True
-
-    def _capture(self, plan: Plan, tensors: list[torch.Tensor]) -> None:
-        """Capture the plan's call, or say once why it runs without a graph."""
-        assert plan.call is not None
-        self._bring_together(plan.call)  # again, if the weights have moved apart
-        call, weights = plan.call, self.state.weights
-        self._drop(plan)
-        pool = pool_of(self.state.device)
-        try:
-            with fallback.timed(f"{self.name}: the first run and the capture"):
-                run = functools.partial(call.run, weights)
-                plan.runner = pool.capture(run, tensors, self.config.graph_memory_budget)
-            plan.pointers = self.state.pointers
-        except Exception as error:
-            plan.capture = False
-            self.note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {fallback.reason(error)}")
-
     def _forget(self) -> None:
         for plan in self._plans.values():
-            self._drop(plan)
+            launch.drop(plan)
         self._plans.clear()
         self._traces.clear()
-
-    def _drop(self, plan: Plan) -> None:
-        if plan.runner is not None:
-            plan.runner.pool.drop(plan.runner)
-            plan.runner = None
-        if plan.loop is not None:
-            plan.loop.release()
-            plan.loop = None
 
     # --------------------------------------------------------------------------------------------- the first time at all
 
@@ -279,7 +198,11 @@ class Component:
         if self.config.memory_format is torch.channels_last and self.state.device.type == "cuda":
             self._lay_out()
         if len(self._plans) >= MAX_PLANS:
-            self._drop(self._plans.pop(next(iter(self._plans))))  # the oldest
+            launch.drop(self._plans.pop(next(iter(self._plans))))  # the oldest
+        before = self._plans.pop((signature, shapes), None)
+        patience = Patience() if before is None else before.patience
+        captures = self.config.enable_cuda_graph and can_capture(self.state.device)
+        pool = pool_of(self.state.device) if captures else None
         native.recall_choices(self.state.device)
         with fallback.timed(f"{self.name}: the eager call"):
             check = verify.check(self, self._placement, args, kwargs) if self.config.verify else None
@@ -299,22 +222,26 @@ class Component:
                     return self._give_up(
                         signature, None, "it changes its own attributes at every call", check, args, kwargs
                     )
-                self._bring_together(traced)
-                plan = Plan(traced, capture=self.config.enable_cuda_graph and self.state.device.type == "cuda")
+                self.bring_together(traced)
+                plan = Plan(traced, pool=pool, patience=patience)
                 plan.watch = Watch() if self._hoists and len(tensors) > 1 else None
-                if plan.capture and not self._must_wait(plan):
-                    self._capture(plan, tensors)
-                if check is not None:
-                    check.rewind()  # tracing and warming up have drawn random numbers, too
-                outputs = self._run(plan, tensors)
+                with nearby.borrowing(self.state.device, wanted=signature in self._traces):  # not at a first shape
+                    launch.capture_if_possible(self, plan, tensors)
+                    if check is not None:
+                        check.rewind()  # tracing and warming up have drawn random numbers, too
+                    outputs = launch.run(self, plan, tensors)
                 error = check.error(traced, outputs) if check is not None else None
-            except torch.OutOfMemoryError as exception:  # there may be more at the next call
-                self.note(f"ran eager once at {describe_shapes(tensors)}: {fallback.reason(exception)}")
-                return self.eager(*args, **kwargs) if check is None else check.give_back()
             except (DecidesByValue, ChangesContainers) as exception:  # so it does at every shape
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
+                fallback.let_through(exception)
                 failure = fallback.reason(exception)
+                if fallback.is_out_of_memory(exception):  # there may be more at a later call
+                    make_room(self.state.device)
+                    self.note(f"ran eager at {describe_shapes(tensors)}, until there is more memory: {failure}")
+                    self._plans[signature, shapes] = Plan(None, pool=pool, patience=patience)
+                    patience.failed(pool)
+                    return self._eagerly(args, kwargs) if check is None else check.give_back()
                 fallback.logger.debug("%s: a candidate failed", self.name, exc_info=exception)
                 continue
             if error is None:
@@ -330,7 +257,7 @@ class Component:
                 native.keep_choices(self.state.device)
                 return traced.unflatten(outputs) if check is not None else _result(traced, outputs, args, kwargs)
             failure = error
-            self._drop(plan)
+            launch.drop(plan)
         return self._give_up(signature, shapes, f"at {describe_shapes(tensors)}: {failure}", check, args, kwargs)
 
     def _candidates(
@@ -362,7 +289,7 @@ class Component:
     ) -> Any:
         self.note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
         self._plans[signature if shapes is None else (signature, shapes)] = Plan(None)
-        return self.eager(*args, **kwargs) if check is None else check.give_back()
+        return self._eagerly(args, kwargs) if check is None else check.give_back()
 
     def _lay_out(self) -> None:
         """Give convolution weights the layout that tensor cores read."""
@@ -371,7 +298,7 @@ class Component:
                 if not self._placement.make_channels_last(self.state.own):
                     self.note("convolution weights that others look at (a state dict?) keep their memory format")
 
-    def _bring_together(self, call: Trace | EagerCall) -> None:
+    def bring_together(self, call: Trace | EagerCall) -> None:
         """Make neighbours in memory of the weights that a merged linear layer reads as one matrix."""
         if isinstance(call, Trace) and not self._placement.are_together(call.packs, self.state.weights):
             with self.state.without_adapters():
@@ -395,7 +322,10 @@ class Component:
 
     def _stay_eager(self, why: str, args: Any, kwargs: Any) -> Any:
         self.note(f"runs eager: {why}")
-        return self.eager(*args, **kwargs)
+        return self._eagerly(args, kwargs)
+
+    def _eagerly(self, args: Any, kwargs: Any) -> Any:
+        return verify.run_eagerly(self.eager, self.state, args, kwargs)
 
     def note(self, why: str) -> None:
         """Log a reason once, and keep it for the report."""

@@ -3,7 +3,8 @@
 Launching a denoiser step from Python takes longer than computing it. A captured graph is replayed with a single call, but
 its addresses are fixed: inputs are copied into buffers of its own, outputs are cloned out of the pool, so that results are
 safe to keep. Graphs share one pool because only one of them runs at a time; the least recently used ones are dropped when
-the pool outgrows its budget.
+the pool outgrows its budget. Graphs are there for speed alone: where memory runs out, all of them give theirs back, and
+what lost its graph runs without one until more memory is free.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from sfast.fallback import logger, timed
+from sfast.fallback import is_out_of_memory, logger, note, timed
 from sfast.kernels.precompile import rehearse
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -26,8 +28,28 @@ _pools: dict[torch.device, GraphPool] = {}
 _pools_lock = threading.Lock()
 
 
+SHARE = 4  # graphs may hold a quarter of the memory that is free or theirs, unless the user says how much
+
+
 class OverBudget(RuntimeError):
     """A single graph needs more memory than the budget allows."""
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether calls on this device can be captured."""
+    return device.type == "cuda"
+
+
+def holds_graphs(device: torch.device) -> bool:
+    """Whether there are captured graphs on a device."""
+    pool = _pools.get(device)
+    return pool is not None and bool(pool.runners())
+
+
+def make_room(device: torch.device) -> bool:
+    """Give the memory of all graphs of a device back, because it has run out; whether there was any."""
+    pool = _pools.get(device)
+    return pool is not None and pool.make_room()
 
 
 def pool_of(device: torch.device) -> GraphPool:
@@ -50,6 +72,7 @@ class GraphRunner:
         self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
+        self.given_up = False  # because memory ran out, and not for another graph
 
     def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
         return self.pool.replay(self, tensors)
@@ -65,56 +88,80 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._default_budget: int | None = None
         self._lock = threading.RLock()
         self._runners: weakref.WeakSet[GraphRunner] = weakref.WeakSet()  # a deleted module's graphs go with it
         self._clock = itertools.count(1)
-        self.handle = torch.cuda.graph_pool_handle()
+        self.handle = self._new_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
-        self._capture_stream = torch.cuda.Stream(device)
+        self._capture_stream: torch.cuda.Stream | None = None
         self._last_stream: torch.cuda.Stream | None = None
 
     # ------------------------------------------------------------------------------------------------------- capture
 
-    def capture(self, function: Function, inputs: list[torch.Tensor], budget: int | None = None) -> GraphRunner:
+    def capture(
+        self,
+        function: Function,
+        inputs: list[torch.Tensor],
+        budget: int | None = None,
+        beside: GraphRunner | None = None,
+    ) -> GraphRunner:
         """Capture `function(inputs)`, dropping older graphs where memory asks for it.
 
         Args:
             function: launches work on the current stream and neither waits for the GPU nor reads results back.
             inputs: tensors on this GPU with the shapes, dtypes and strides to capture for.
-            budget: bytes that the pool may hold afterwards; None means a quarter of the memory free at the first capture.
+            budget: bytes that all graphs of this GPU may hold afterwards; None means a quarter of the memory that is free
+                or theirs by then.
+            beside: a graph that this one is of no use without: it is not dropped.
 
         Raises:
             OverBudget: this graph alone needs more than the budget.
+            torch.OutOfMemoryError: there is no memory for it, even without all other graphs.
             RuntimeError: the capture failed; nothing of it is left.
         """
-        with self._lock, torch.cuda.device(self.device):
-            if budget is None:
-                if self._default_budget is None:
-                    self._default_budget = torch.cuda.mem_get_info(self.device)[0] // 4
-                budget = self._default_budget
-            runner = self._capture(function, inputs)
-            while self.memory() > budget and len(self._runners) > 1:
-                self._release(min(self._runners - {runner}, key=lambda other: other.last_used))
-            if self.memory() > budget:
+        with self._lock, self._on_device():
+            runner = self._capture_in_what_is_free(function, inputs, beside)
+            needed = self.memory()
+            allowed = (self.free() + needed) // SHARE if budget is None else budget
+            kept = {runner} if beside is None else {runner, beside}
+            while needed > allowed and (others := self._runners - kept):
+                self._release(min(others, key=lambda other: other.last_used))
+                needed = self.memory()
+            if needed > allowed and beside is None:
                 # Blocks of a shared pool return to the driver only with its last graph: start it anew with this one.
                 self._release(runner)
                 runner = self._capture(function, inputs)
-            if self.memory() > budget:
                 needed = self.memory()
+            if needed > allowed:
                 self._release(runner)
-                raise OverBudget(f"its graph needs {needed} bytes and `graph_memory_budget` is {budget}")
+                raise OverBudget(f"its graph needs {needed} bytes and `graph_memory_budget` is {allowed}")
             return runner
+
+    def _capture_in_what_is_free(
+        self, function: Function, inputs: list[torch.Tensor], beside: GraphRunner | None
+    ) -> GraphRunner:
+        try:
+            return self._capture(function, inputs)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(self._runners) <= (beside is not None):
+                raise
+            logger.debug("no memory for one more graph beside %d others: %s", len(self._runners), error)
+        # Here the error is gone, and with it what its frames have held.
+        self.make_room(beside)
+        return self._capture(function, inputs)
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
         others = list(self._runners)  # none of them goes with its module while this one joins its pool
         if all(other.handle != self.handle for other in others):
-            self.handle = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
+            self.handle = self._new_handle()  # a pool whose last graph is gone cannot be used again
         runner = GraphRunner(self, inputs)
         graph = torch.cuda.CUDAGraph()
+        if self._capture_stream is None:
+            self._capture_stream = torch.cuda.Stream(self.device)
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        torch.cuda.empty_cache()  # what running eager needed, warming up needs again on its own stream
+        with timed("  emptying the cache"):
+            torch.cuda.empty_cache()  # what running eager needed, warming up needs again on its own stream
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
                 # Compiles kernels, chooses plans, allocates workspaces of this stream.
@@ -123,7 +170,7 @@ class GraphPool:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-            with _no_garbage_collection():
+            with _no_garbage_collection(), timed("  capturing"):
                 graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
                 try:
                     runner.outputs = function(runner.inputs)
@@ -158,7 +205,7 @@ class GraphPool:
         generator = torch.cuda.default_generators[self.device.index]
         generator.graphsafe_set_state(generator.clone_state())
         self._failed.append(graph)
-        self.handle = torch.cuda.graph_pool_handle()
+        self.handle = self._new_handle()
 
     # -------------------------------------------------------------------------------------------------------- replay
 
@@ -168,38 +215,76 @@ class GraphPool:
         """Run one captured graph on the current stream; graphs of the pool never overlap.
 
         Returns copies of its outputs, in the tensors `into` if they are given: any other graph of the pool may overwrite
-        the outputs themselves. None if the graph has been released, perhaps by another thread just now.
+        the outputs themselves. None if the graph has been released, perhaps by another thread just now, or because there
+        was no memory for the copies.
         """
-        with self._lock, torch.cuda.device(self.device), torch.no_grad():
+        with self._lock, self._on_device(), torch.no_grad():
             if runner.graph is None:
                 return None
-            stream = torch.cuda.current_stream(self.device)
-            if self._last_stream is not None and self._last_stream != stream:
-                stream.wait_stream(self._last_stream)
-            self._last_stream = stream
+            try:
+                results = self._results(runner) if into is None else into
+            except torch.OutOfMemoryError:
+                self.make_room()
+                return None
+            self._follow_the_last_stream()
             runner.last_used = next(self._clock)
-            _copy(tensors, runner.inputs)
+            copy(tensors, runner.inputs)
             runner.graph.replay()
-            if into is None:
-                into = [torch.empty_like(output) for output in runner.outputs]
-            _copy(runner.outputs, into)
-            return into
+            copy(runner.outputs, results)
+            return results
+
+    def _results(self, runner: GraphRunner) -> list[torch.Tensor]:
+        return [torch.empty_like(output) for output in runner.outputs]
+
+    def _follow_the_last_stream(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
 
     # -------------------------------------------------------------------------------------------------------- memory
 
     def drop(self, runner: GraphRunner) -> None:
         """Release one graph; its blocks serve the next capture, and return to the driver with the pool's last graph."""
-        with self._lock, torch.cuda.device(self.device):
+        with self._lock, self._on_device():
             self._release(runner)
+
+    def make_room(self, but: GraphRunner | None = None) -> bool:
+        """Memory has run out: give that of all graphs back, `but` of one; whether there was any."""
+        with self._lock, self._on_device():
+            given_up = [runner for runner in self._runners if runner is not but]
+            for runner in given_up:
+                runner.given_up = True
+                self._release(runner)
+            self._empty_cache()
+        if given_up:
+            note("CUDA graphs", f"memory of {self.device} ran out: all were dropped, until more of it is free")
+        return bool(given_up)
+
+    def runners(self) -> list[GraphRunner]:
+        """The graphs there are."""
+        with self._lock:
+            return list(self._runners)
+
+    def free(self) -> int:
+        """Bytes of GPU memory that nobody uses; those that PyTorch keeps for its next tensors among them."""
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        idle = sum(segment["total_size"] - segment["allocated_size"] for segment in self._segments())
+        return torch.cuda.mem_get_info(self.device)[0] + cached - idle
 
     def memory(self) -> int:
         """Bytes of GPU memory that the pool and the graphs in it hold."""
         with self._lock:
             if not self._runners:
                 return 0  # what is cached for the next capture is free for everybody
-            pools = {self.handle, *[runner.handle for runner in self._runners]}
-            segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) in pools]
-            return sum(s["total_size"] for s in segments) + sum(runner.driver_bytes for runner in self._runners)
+            segments = sum(segment["total_size"] for segment in self._segments())
+            return segments + sum(runner.driver_bytes for runner in self._runners)
+
+    def _segments(self) -> list[dict[str, Any]]:
+        """The blocks of memory that graphs were captured in."""
+        pools = {self.handle, *[runner.handle for runner in self._runners]}
+        found = [s for pool in pools for s in torch.cuda.memory_snapshot(pool)]
+        return [s for s in found if tuple(s.get("segment_pool_id", ())) in pools]
 
     def _release(self, runner: GraphRunner) -> None:
         if self._last_stream is not None:
@@ -207,10 +292,55 @@ class GraphPool:
         self._runners.discard(runner)
         runner.release()
         if all(other.handle != runner.handle for other in self._runners):
-            torch.cuda.empty_cache()
+            self._empty_cache()
+
+    def _new_handle(self) -> tuple[int, int]:
+        return torch.cuda.graph_pool_handle()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
+    def _empty_cache(self) -> None:
+        torch.cuda.empty_cache()
 
 
-def _copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:
+class Patience:
+    """When to try again what there was no memory for: when more of it is free, ever more rarely, and not for ever."""
+
+    TRIES = 5
+    LONGEST = 1024  # calls between two looks
+    MORE = 1.05  # times as much free memory as when it did not suffice
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self._looks = 0
+        self._calls = 0  # until the next look
+        self._free = 0
+
+    def failed(self, pool: GraphPool | None) -> None:
+        """It did not suffice, with as much free as now."""
+        self.failures += 1
+        self._free = 0 if pool is None else pool.free()
+        self._calls = 0 if self.failures == 1 else self._longer()
+
+    def over(self, pool: GraphPool | None) -> bool:
+        """Whether this call should try; asked at each that could."""
+        if self.failures == 0:
+            return True
+        if self.failures >= self.TRIES:
+            return False
+        self._calls -= 1
+        if self._calls >= 0:
+            return False
+        self._calls = self._longer()
+        return pool is None or pool.free() > self.MORE * self._free
+
+    def _longer(self) -> int:
+        self._looks += 1
+        return min(8 * 2**self._looks, self.LONGEST)
+
+
+def copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:
     """Copy each tensor; many at once (a ControlNet's results, say) with one kernel for each dtype."""
     if len(tensors) <= 2:
         for source, target in zip(tensors, into, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sfast.cuda_graph import GraphPool, GraphRunner
+from sfast.cuda_graph import GraphPool, GraphRunner, copy
 from sfast.newcomers import Newcomers
 from sfast.scheduler import Follower
 from sfast.trace import Split
@@ -82,14 +82,18 @@ class Watch:
         return frozenset(same) if len(same) < len(tensors) else frozenset()
 
 
+class GivenUp(RuntimeError):
+    """A graph was dropped while it was needed, because memory ran out."""
+
+
 class Loop:
     """One call in two parts, at one shape; on a GPU each part is a captured graph."""
 
-    def __init__(self, split: Split, stable: frozenset[int], pool: GraphPool | None, budget: int | None) -> None:
+    def __init__(self, split: Split, pool: GraphPool | None, budget: int | None) -> None:
         self.split = split
         self.misses = 0  # how often the prologue had to run again
         self.calls = 0
-        self._stable = sorted(stable)
+        self._stable = sorted(split.stable)
         self._pool = pool
         self._budget = budget
         self._prologue: GraphRunner | None = None
@@ -107,6 +111,8 @@ class Loop:
         Only for one thread at a time: another one's prompt must not come between prologue and body.
         """
         self.calls += 1
+        if any(runner is not None and runner.given_up for runner in (self._prologue, self._body)):
+            raise GivenUp("memory ran out")
         if self._pool is not None and (self._dropped() or pointers != self._pointers):
             self._capture(self._pool, weights, tensors)
         if pointers != self._pointers or picture != self._picture:
@@ -125,7 +131,7 @@ class Loop:
         stable = set(self._stable)
         outputs = self._body([tensor for i, tensor in enumerate(tensors) if i not in stable])
         if outputs is None:
-            raise RuntimeError("its graph was released while it was used")
+            raise self._released()
         return outputs
 
     def ready(self, pointers: tuple[int, ...]) -> bool:
@@ -151,8 +157,12 @@ class Loop:
     def _run_prologue(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         if self._prologue is None:
             self._hoisted = self.split.prologue(weights, tensors)
-        elif self._prologue.pool.replay(self._prologue, tensors, into=self._hoisted) is None:
-            raise RuntimeError("its graph was released while it was used")
+        elif self._prologue.pool.replay(self._prologue, tensors, into=[]) is None:
+            raise self._released()
+
+    def _released(self) -> Exception:
+        given_up = any(runner is not None and runner.given_up for runner in (self._prologue, self._body))
+        return GivenUp("memory ran out") if given_up else RuntimeError("its graph was released while it was used")
 
     def _dropped(self) -> bool:
         runners = (self._prologue, self._body)
@@ -161,17 +171,23 @@ class Loop:
     def _capture(self, pool: GraphPool, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         self.release()
         split, stable = self.split, set(self._stable)
-        prologue = pool.capture(lambda inputs: split.prologue(weights, inputs), tensors, self._budget)
-        with torch.inference_mode(False):  # outside of the pool, where other graphs work between two steps
-            kept = [torch.empty_like(output) for output in prologue.outputs]
+        kept: list[torch.Tensor] = []
+
+        def prologue(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            results = split.prologue(weights, inputs)
+            if not kept:  # while it warms up, outside of the pool, where other graphs work between two steps
+                kept.extend([torch.empty_like(result) for result in results])
+            copy(results, kept)
+            return []
+
+        before = pool.capture(prologue, tensors, self._budget)
+        statics = before.inputs
 
         def body(changing: list[torch.Tensor]) -> list[torch.Tensor]:
             rest = iter(changing)
-            inputs = [static if i in stable else next(rest) for i, static in enumerate(prologue.inputs)]
+            inputs = [static if i in stable else next(rest) for i, static in enumerate(statics)]
             return split.body(weights, inputs, kept)
 
-        self._prologue, self._hoisted = prologue, kept
+        self._prologue, self._hoisted = before, kept
         changing = [tensor for i, tensor in enumerate(tensors) if i not in stable]
-        self._body = pool.capture(body, changing, self._budget)
-        if prologue.graph is None:
-            raise RuntimeError("the two parts of a call do not fit into `graph_memory_budget` together")
+        self._body = pool.capture(body, changing, self._budget, beside=before)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sfast.containers import Changes, Contents
-from sfast.cuda_graph import GraphRunner
+from sfast.cuda_graph import GraphPool, GraphRunner, Patience
 from sfast.loop import Loop, Watch
 from sfast.structure import flatten, unflatten
 from sfast.trace import Trace
@@ -23,9 +23,26 @@ class Plan:
     call: Trace | EagerCall | None
     runner: GraphRunner | None = None
     pointers: tuple[int, ...] = ()  # where the weights were when `runner` was captured
-    capture: bool = False  # capture again when the graph was dropped or the weights have moved
+    pool: GraphPool | None = None  # where to capture, again when the graph was dropped or the weights have moved
     watch: Watch | None = None  # looks for tensors that stay the same from call to call
     loop: Loop | None = None  # the call without what those tensors decide
+    patience: Patience = dataclasses.field(default_factory=Patience)  # where there was no memory for a graph
+
+    def wants_graph(self, pointers: tuple[int, ...]) -> bool:
+        """Whether to capture the call now; not right after memory has run out."""
+        if self.pool is None:
+            return False
+        if self.runner is not None:
+            if self.runner.graph is not None and self.pointers == pointers:
+                return False
+            if self.runner.given_up:
+                self.runner = None
+                self.patience.failed(self.pool)
+        return self.patience.over(self.pool)
+
+    def waits_no_longer(self) -> bool:
+        """Whether there was no memory to find out how the call runs, and now may be."""
+        return self.call is None and self.patience.failures > 0 and self.patience.over(self.pool)
 
     def ready(self, pointers: tuple[int, ...]) -> bool:
         """Whether there is nothing to do but replaying a graph that reads the weights where they are."""

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
 from sfast.containers import Changes, Contents
+from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.structure import flatten, unflatten
 
@@ -41,6 +42,7 @@ class Trace:
     fusions: Counter[str]
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
     changes: Changes = ()  # what the call takes out of its arguments' containers
+    hoisted: Split | None = None  # the two parts that have proved right, to begin with at the next shape
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
@@ -52,6 +54,8 @@ class Trace:
 
     def split(self, stable: frozenset[int]) -> Split | None:
         """Prologue and body, for calls whose tensors at the places `stable` stay the same; None if it is not worth it."""
+        if self.hoisted is not None and self.hoisted.stable == stable:
+            return self.hoisted
         with _tracing_lock, _quiet():
             graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
             if graphs is None:
@@ -59,7 +63,7 @@ class Trace:
             used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
             functions = [_callable(graph) for graph in graphs]
         places = [[self.used_weights[i] for i in part] for part in used]
-        return Split(self, functions[0], places[0], functions[1], places[1])
+        return Split(self, stable, functions[0], places[0], functions[1], places[1])
 
     def _finish(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
         return [r.contiguous() if dense else r for r, dense in zip(results, self.contiguous, strict=True)]
@@ -70,6 +74,7 @@ class Split:
     """A trace in two parts: `body(weights, tensors, prologue(weights, tensors))` is what the whole computes."""
 
     whole: Trace
+    stable: frozenset[int]  # places, among the call's tensors, of those that the prologue takes for the same
     _prologue: Callable[..., Any]
     prologue_weights: list[int]
     _body: Callable[..., Any]
@@ -90,7 +95,7 @@ class Split:
 
 def _interpret(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     device_type = inputs[0].device.type if inputs else "cpu"
-    with torch.no_grad(), torch.autocast(device_type, enabled=False), _plain_interpreter():
+    with torch.no_grad(), torch.autocast(device_type, enabled=False), _plain_interpreter(), keeping_exceptions():
         try:
             result = function(*inputs)
         except RuntimeError as error:

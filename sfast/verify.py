@@ -5,20 +5,24 @@ A trace bakes the decisions that Python took; this is where a wrong one is caugh
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sfast.containers import Changes, ChangesContainers, Contents
+from sfast.cuda_graph import holds_graphs, make_room
+from sfast.fallback import is_out_of_memory, let_through
 from sfast.structure import UnsupportedStructure, flatten
 
 if TYPE_CHECKING:
     from sfast.component import Component
     from sfast.placement import Placement
     from sfast.plan import EagerCall
+    from sfast.state import ModuleState
     from sfast.trace import Trace
 
 # Largest ||compiled - eager|| / ||eager|| that rounding in another order explains. A wrong decision is far outside of it.
@@ -42,7 +46,7 @@ class Check:
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
         python_random = _python_random_state()
 
-        self.expected = component.eager(*args, **kwargs)
+        self.expected = run_eagerly(component.eager, state, args, kwargs)
 
         self._after = _random_state(self._device)
         self._tensors: list[torch.Tensor] = []
@@ -100,16 +104,37 @@ def check(component: Component, placement: Placement, args: Any, kwargs: Any) ->
     try:
         return Check(component, args, kwargs)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not placement.undo_layouts():
+        let_through(error)
+        if is_out_of_memory(error) or not placement.undo_layouts():
             raise
         component.state.refresh()
         try:
             found = Check(component, args, kwargs)
-        except Exception:
+        except Exception as another:
+            let_through(another)
             raise error from None  # eager's own; the layout returns with the next call
         placement.keeps_layouts = True
         component.note("convolution weights keep their memory format: the forward fails with another")
         return found
+
+
+def run_eagerly(eager: Callable[..., Any], state: ModuleState, args: Any, kwargs: Any) -> Any:
+    """Eager's own call; where memory runs out, once more in what captured graphs have held."""
+    if not holds_graphs(state.device):
+        return eager(*args, **kwargs)
+    tensors: list[torch.Tensor] = [*state.own]
+    with contextlib.suppress(UnsupportedStructure):
+        flatten((args, kwargs), tensors)
+    versions, drawn = [version_of(tensor) for tensor in tensors], _random_state(state.device)
+    contents = Contents((args, kwargs))
+    try:
+        return eager(*args, **kwargs)
+    except RuntimeError as error:
+        written = [version_of(tensor) for tensor in tensors] != versions or contents.changes() != ()
+        if written or not is_out_of_memory(error) or not make_room(state.device):
+            raise
+    _set_random_state(state.device, drawn)
+    return eager(*args, **kwargs)
 
 
 def tolerance(tensor: torch.Tensor) -> float:
