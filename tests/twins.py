@@ -27,9 +27,13 @@ class Twin:
     """One compiled pipeline of `tests.tiny`, and what it must draw."""
 
     def __init__(
-        self, name: str = "text-to-image", device: str = "cpu", make: Callable[[], Pipeline] | None = None
+        self,
+        name: str = "text-to-image",
+        device: str = "cpu",
+        make: Callable[[], Pipeline] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.tiny, self.device = TINY[name], device
+        self.tiny, self.device, self.dtype = TINY[name], device, dtype
         self.tolerance = TOLERANCES[torch.device(device).type]
         self._make = make or self.tiny.build
         self.pipe = sfast.compile(self.fresh())
@@ -38,7 +42,7 @@ class Twin:
         """An eager pipeline that knows nothing but these changes."""
         pipe = self._make()
         pipe.set_progress_bar_config(disable=True)
-        pipe.to(self.device)
+        pipe.to(self.device, self.dtype)
         for change in changes:
             change(pipe)
         return pipe
