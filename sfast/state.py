@@ -18,6 +18,8 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast import patches
@@ -76,7 +78,8 @@ class _Tree:
         place = module.__dict__
         self.sizes.append(place)
         self.length += len(place)
-        names = [name for name in place if name not in _OF_EVERY_MODULE]
+        computed = _computed(module)
+        names = [name for name in place if name not in _OF_EVERY_MODULE and name not in computed]
         if not _WITHOUT_SETTINGS.get(type(module), _NONE).issuperset(names):
             get = operator.itemgetter("training", *names)
             self.getters.append((get, place))
@@ -313,8 +316,11 @@ def _read(root: torch.nn.Module) -> _Tree:
         tree.watch_attributes(module)
         for place in (module._parameters, module._buffers):
             tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
+        computed = _computed(module)
         for name, value in module.__dict__.items():
             if name in _OF_EVERY_MODULE or name in _OF_ADAPTERS or (module is root and name in _OF_THE_ROOT):
+                continue
+            if name in computed:
                 continue
             if name == "processor":
                 tree.processors.append(value)
@@ -401,5 +407,15 @@ def _inner_addresses(tensor: torch.Tensor) -> list[int]:
 
 
 def _is_foreign(hook: Any) -> bool:
-    # transformers collects intermediate results with hooks of its own: they compute, and are traced like the rest.
-    return not getattr(hook, "__module__", "").startswith("transformers.")
+    # transformers collects intermediate results with hooks of its own, and torch normalizes weights with some: they
+    # compute, and are traced like the rest.
+    return not getattr(hook, "__module__", "").startswith("transformers.") and not isinstance(hook, _COMPUTES)
+
+
+_COMPUTES = (WeightNorm, SpectralNorm)
+
+
+def _computed(module: torch.nn.Module) -> frozenset[str]:
+    """Attributes that a hook computes from others before every forward: nothing depends on what is in them now."""
+    hooks = module._forward_pre_hooks
+    return frozenset([hook.name for hook in hooks.values() if isinstance(hook, _COMPUTES)]) if hooks else _NONE
