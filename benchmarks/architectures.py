@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.tiny_transformers import TINY_TRANSFORMERS
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -262,6 +264,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     # Not published anywhere: models of the same blocks, small enough to run the scripts on a CPU.
+    **{name: Architecture(*each) for name, each in TINY_TRANSFORMERS.items()},
     "tiny-unet": Architecture("UNet2DConditionModel", 792_964, _TINY_UNET),
     "tiny-controlnet": Architecture("ControlNetModel", 426_040, _TINY_CONTROLNET),
     "tiny-svd": Architecture(

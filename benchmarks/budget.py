@@ -25,7 +25,7 @@ KERNEL_CLASSES: tuple[tuple[str, str], ...] = (
     ("convolution", r"conv|^_few_|fprop|winograd|implicit_gemm|wgrad|dgrad"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|_mm_|_mm\d*$|gemv"),
     ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^(moments|apply|merge|whole_group)$"),
-    ("layer norm", r"layer_?norm|rms_?norm|^_turn_rows"),
+    ("layer norm", r"layer_?norm|rms_?norm|^(_turn_rows|modulate_rows|rotate_heads)$"),
     ("softmax", r"softmax"),
     ("copy or cat", r"copy|^_?cat(array|_)|catarray|concat|fill"),
     ("reduction", r"reduce"),

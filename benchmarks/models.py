@@ -205,6 +205,10 @@ def _encode_step(parts: Parts, inputs: Inputs) -> Tensor:
     return parts["vae"].encode(**inputs, return_dict=False)[0].mode()  # type: ignore[operator]
 
 
+def _config(model: Model) -> dict[str, Any]:
+    return dict(ARCHITECTURES[model.parts["transformer"]].config)
+
+
 def _transformer_step(parts: Parts, inputs: Inputs) -> Tensor:
     return parts["transformer"](**inputs, return_dict=False)[0]
 
@@ -214,16 +218,17 @@ def _flux_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
     image_ids = draw.full(rows, columns, 3, value=0.0)
     image_ids[..., 1] += torch.arange(rows, device=draw.device)[:, None]
     image_ids[..., 2] += torch.arange(columns, device=draw.device)[None, :]
+    config = _config(model)
     shared = {
-        "encoder_hidden_states": draw(model.batch, 512, 4096),
-        "pooled_projections": draw(model.batch, 768),
+        "encoder_hidden_states": draw(model.batch, 512, config["joint_attention_dim"]),
+        "pooled_projections": draw(model.batch, config["pooled_projection_dim"]),
         "guidance": draw.full(model.batch, value=3.5, dtype=torch.float32),
         "img_ids": image_ids.reshape(rows * columns, 3),
         "txt_ids": draw.full(512, 3, value=0.0),
     }
     return [
         {
-            "hidden_states": draw(model.batch, rows * columns, 64),
+            "hidden_states": draw(model.batch, rows * columns, config["in_channels"]),
             "timestep": t.expand(model.batch).to(draw.dtype),
             **shared,
         }
@@ -232,22 +237,27 @@ def _flux_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
 
 
 def _sd3_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
-    shared = {"encoder_hidden_states": draw(model.batch, 77 + 256, 4096), "pooled_projections": draw(model.batch, 2048)}
+    config = _config(model)
+    shared = {
+        "encoder_hidden_states": draw(model.batch, 77 + 256, config["joint_attention_dim"]),
+        "pooled_projections": draw(model.batch, config["pooled_projection_dim"]),
+    }
     return [
-        {"hidden_states": _latents(model, draw, 16), "timestep": t.expand(model.batch), **shared}
+        {"hidden_states": _latents(model, draw, config["in_channels"]), "timestep": t.expand(model.batch), **shared}
         for t in _timesteps(draw, steps)
     ]
 
 
 def _qwen_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
     rows, columns = model.height // 16, model.width // 16
+    config = _config(model)
     shared = {
-        "encoder_hidden_states": draw(model.batch, 128, 3584),
+        "encoder_hidden_states": draw(model.batch, 128, config["joint_attention_dim"]),
         "img_shapes": [[(1, rows, columns)]] * model.batch,
     }
     return [
         {
-            "hidden_states": draw(model.batch, rows * columns, 64),
+            "hidden_states": draw(model.batch, rows * columns, config["in_channels"]),
             "timestep": t.expand(model.batch).to(draw.dtype),
             **shared,
         }
@@ -258,10 +268,11 @@ def _qwen_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
 def _wan_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
     frames, rows, columns = 11, model.height // 16, model.width // 16  # 41 frames of video
     tokens = frames * (rows // 2) * (columns // 2)
-    shared = {"encoder_hidden_states": draw(model.batch, 512, 4096)}
+    config = _config(model)
+    shared = {"encoder_hidden_states": draw(model.batch, 512, config["text_dim"])}
     return [
         {
-            "hidden_states": draw(model.batch, 48, frames, rows, columns),
+            "hidden_states": draw(model.batch, config["in_channels"], frames, rows, columns),
             "timestep": t.expand(model.batch, tokens),  # this model takes one timestep for each token
             **shared,
         }
@@ -269,7 +280,9 @@ def _wan_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
     ]
 
 
-def _masked_inputs(model: Model, draw: Draw, steps: int, factor: int, channels: int, text: int) -> list[Inputs]:
+def _masked_inputs(model: Model, draw: Draw, steps: int, factor: int) -> list[Inputs]:
+    config = _config(model)
+    channels, text = config["in_channels"], config["caption_channels"]
     mask = draw.full(model.batch, 300, value=0.0)
     mask[:, :40] = 1.0  # a prompt of forty tokens, padded
     shared = {"encoder_hidden_states": draw(model.batch, 300, text), "encoder_attention_mask": mask}
@@ -280,18 +293,23 @@ def _masked_inputs(model: Model, draw: Draw, steps: int, factor: int, channels: 
 
 
 def _sana_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
-    return _masked_inputs(model, draw, steps, factor=32, channels=32, text=2304)
+    return _masked_inputs(model, draw, steps, factor=32)
 
 
 def _pixart_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
     sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return [{**inputs, **sizes} for inputs in _masked_inputs(model, draw, steps, factor=8, channels=4, text=4096)]
+    return [{**inputs, **sizes} for inputs in _masked_inputs(model, draw, steps, factor=8)]
 
 
 def _z_image_inputs(model: Model, draw: Draw, steps: int) -> list[Inputs]:
-    prompts = [draw(96, 2560) for _ in range(model.batch)]
+    config = _config(model)
+    prompts = [draw(96, config["cap_feat_dim"]) for _ in range(model.batch)]
     return [
-        {"x": list(_latents(model, draw, 16).unsqueeze(2)), "t": t.expand(model.batch), "cap_feats": prompts}
+        {
+            "x": list(_latents(model, draw, config["in_channels"]).unsqueeze(2)),
+            "t": t.expand(model.batch),
+            "cap_feats": prompts,
+        }
         for t in _timesteps(draw, steps, scale=1.0)
     ]
 
@@ -353,12 +371,20 @@ MODELS: dict[str, Model] = {
         _picture("sd15-picture", _SD15, stable_diffusion, 512, 30),
         _picture("sdxl-picture", _SDXL, stable_diffusion_xl, 1024, 30),
         _transformer("flux", "flux-dev", 1024, 1024, 1, _flux_inputs),
+        _transformer("flux-512", "flux-dev", 512, 512, 1, _flux_inputs),
         _transformer("sd35m", "sd35-medium", 1024, 1024, 2, _sd3_inputs),
         _transformer("qwen-image", "qwen-image", 1328, 1328, 1, _qwen_inputs),
         _transformer("wan22-5b", "wan22-5b", 1280, 704, 1, _wan_inputs),
         _transformer("sana", "sana-1600m", 1024, 1024, 2, _sana_inputs),
         _transformer("pixart", "pixart-sigma", 1024, 1024, 2, _pixart_inputs),
         Model("z-image", {"transformer": "z-image"}, "bf16", 1024, 1024, 1, _z_image_inputs, _z_image_step),
+        _transformer("tiny-flux", "tiny-flux", 64, 64, 1, _flux_inputs),
+        _transformer("tiny-sd35m", "tiny-sd35m", 64, 64, 2, _sd3_inputs),
+        _transformer("tiny-qwen-image", "tiny-qwen-image", 64, 64, 1, _qwen_inputs),
+        _transformer("tiny-wan22-5b", "tiny-wan22-5b", 64, 64, 1, _wan_inputs),
+        _transformer("tiny-sana", "tiny-sana", 256, 256, 2, _sana_inputs),
+        _transformer("tiny-pixart", "tiny-pixart", 64, 64, 2, _pixart_inputs),
+        Model("tiny-z-image", {"transformer": "tiny-z-image"}, "bf16", 64, 64, 1, _z_image_inputs, _z_image_step),
         _unet("tiny", "tiny-unet", 64, "fp32"),
         Model("tiny-controlnet", _TINY_CONTROLNET, "fp32", 64, 64, 2, _controlnet_inputs, _controlnet_step),
         Model("tiny-svd", {"unet": "tiny-svd"}, "fp32", 64, 32, 2, _svd_inputs, _unet_step),

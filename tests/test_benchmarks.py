@@ -120,6 +120,7 @@ def test_the_ladder_sets_fields_that_exist_and_ends_at_the_default() -> None:
         ("_cat_tiles", "copy or cat"),
         ("_few_out", "convolution"),
         ("_layer_norm_rows", "layer norm"),
+        ("modulate_rows", "layer norm"),
         ("something_new", "other"),
     ],
 )
