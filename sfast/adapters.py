@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
@@ -31,6 +32,9 @@ def is_adapted(module: torch.nn.Module) -> bool:
 
 
 _OF_WRAPPERS = ("merge", "unmerge", "active_adapters", "disable_adapters", "get_base_layer")
+
+NOISE = 2**20  # elements that are compared at a time,
+AT_ONCE = 32  # and how many pieces of that size: more would take memory, fewer time
 
 
 class CannotMerge(RuntimeError):
@@ -88,7 +92,7 @@ class Adapters:
         self._merged: dict[int, _Merged] = {}  # by the Parameter's id
         self._watched: list[torch.Tensor] = []  # what the sums depend on
         self._seen: Hashable = None  # where these are, and how often they were written to
-        self._norms: list[float] = []
+        self._norms: list[tuple[float, ...]] = []
         self._picture: int | None = None
         self._scale = 1.0
         self.dirty = False  # graphs may have to read other weights
@@ -309,20 +313,40 @@ def _base_forward(layer: Adapted, thread: int) -> Callable[..., Any]:
     return skip
 
 
-def _norms(tensors: list[torch.Tensor]) -> list[float]:
-    """The size of each tensor, for the price of one wait: other values have another, but for freaks of chance."""
-    groups: dict[Any, list[int]] = defaultdict(list)
+def _norms(tensors: list[torch.Tensor]) -> list[tuple[float, ...]]:
+    """What tells each tensor's values from others, for the price of reading them once and one wait.
+
+    It is the size of what is left after adding a fixed noise: the size alone would be the same with another sign or order.
+    """
+    groups: dict[Any, list[tuple[int, torch.Tensor]]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         if not is_traceable_wrapper_subclass(tensor) and tensor.is_floating_point():
-            groups[tensor.device, tensor.dtype].append(i)
-    found = [0.0] * len(tensors)
+            for piece in _in_a_row(tensor.detach()).split(NOISE):
+                groups[tensor.device, tensor.dtype].append((i, piece))
+    found: list[tuple[float, ...]] = [()] * len(tensors)
     with torch.no_grad():
-        for (_, dtype), places in groups.items():
-            wide = torch.promote_types(dtype, torch.float32)
-            norms = torch._foreach_norm([tensors[i].detach() for i in places], 2, wide)
-            for i, norm in zip(places, torch.stack(norms).tolist(), strict=True):
-                found[i] = norm if norm == norm else float("inf")
+        for (device, dtype), pieces in groups.items():
+            wide, noise, norms = torch.promote_types(dtype, torch.float32), _noise(device, dtype), []
+            for start in range(0, len(pieces), AT_ONCE):
+                some = [piece for _, piece in pieces[start : start + AT_ONCE]]
+                norms += torch._foreach_norm(torch._foreach_add(some, [noise[: len(one)] for one in some]), 2, wide)
+            for (i, _), norm in zip(pieces, torch.stack(norms).tolist(), strict=True):
+                found[i] += (norm if norm == norm else float("inf"),)
     return found
+
+
+def _in_a_row(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements, without a copy where they lie in one piece, in whatever order."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+@functools.cache
+def _noise(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):
+        drawn = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+        return (drawn * 0.05).to(device, dtype)  # about as large as weights are
 
 
 def _version(tensor: torch.Tensor) -> int:
