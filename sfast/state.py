@@ -9,92 +9,21 @@ A number or flag that Python reads from a module (FreeU's factors, the scale of 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import operator
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sfast import patches
-from sfast.adapters import Adapted, Adapters, CannotMerge, is_adapted
-from sfast.structure import PLAIN
+from sfast.adapters import Adapters, CannotMerge
+from sfast.tree import exchanged, is_foreign, read
 
 MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
 MAX_ATTRIBUTES = 64  # settings of a module's attributes that are told apart; older ones are traced again
-
-
-@dataclasses.dataclass
-class _Tree:
-    """Everything in a module tree that may be exchanged, as it was when it was read."""
-
-    modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
-    types: list[type] = dataclasses.field(default_factory=list)  # their classes
-    modal: list[torch.nn.Module] = dataclasses.field(
-        default_factory=list
-    )  # those that may compute something else in training
-    live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
-    contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
-    # of modules' own attributes, and of functions
-    getters: list[tuple[Any, Mapping[str, Any]]] = dataclasses.field(default_factory=list)
-    got: list[Any] = dataclasses.field(default_factory=list)  # what they got
-    sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # of attributes, and classes
-    length: int = 0  # of all of those together
-    weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
-    attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
-    processors: list[Any] = dataclasses.field(default_factory=list)  # of attention; those that are no modules
-    hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
-    wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
-    adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
-    code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
-
-    def same(self) -> bool:
-        """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
-        if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
-            return False
-        if list(map(type, self.modules)) != self.types:  # token merging (tomesd) gives blocks another class
-            return False
-        try:
-            got = chain.from_iterable([get(place) for get, place in self.getters])
-        except KeyError:
-            return False
-        return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
-            map(operator.is_, got, self.got)
-        )
-
-    def watch(self, values: Any) -> None:
-        """Notice from now on what is exchanged in a list or in the values of a dictionary."""
-        self.live.append(values)
-        self.contents += values
-
-    def watch_attributes(self, module: torch.nn.Module) -> None:
-        """Notice from now on what is assigned to attributes of a module."""
-        place = module.__dict__
-        self.sizes.append(place)
-        self.length += len(place)
-        computed = _computed(module)
-        names = [name for name in place if name not in _OF_EVERY_MODULE and name not in computed]
-        if not _WITHOUT_SETTINGS.get(type(module), _NONE).issuperset(names):
-            get = operator.itemgetter("training", *names)
-            self.getters.append((get, place))
-            self.got += get(place)
-
-    def watch_code(self) -> None:
-        """Notice from now on functions of the modules' classes and files that are patched."""
-        for place in patches.namespaces([*self.types, *map(type, self.processors)]):
-            get = patches.functions_of(place)
-            self.getters.append((get, place))
-            self.code += get(place)
-            if not isinstance(place, dict):  # a class: a method that it inherited so far may get another one before it
-                self.sizes.append(place)
-                self.length += len(place)
-        self.got += self.code
 
 
 class ModuleState:
@@ -171,7 +100,7 @@ class ModuleState:
         version, before, number = self.version, self._tree, self._attributes
         self.refresh()
         self._unrest += self.version != version
-        own = _exchanged(before, self._tree)
+        own = exchanged(before, self._tree)
         if own:
             self._own |= own
             self._number_attributes(number)
@@ -195,7 +124,7 @@ class ModuleState:
             return False
         before = self._tree
         self.refresh_after_eager()
-        return not self._own.isdisjoint(_exchanged(before, self._tree))
+        return not self._own.isdisjoint(exchanged(before, self._tree))
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes."""
@@ -212,7 +141,7 @@ class ModuleState:
             return f"`{self._tree.wrapped[0]}` is wrapped by hooks that offload it or skip its work, in Python"
         if any(_GLOBAL_HOOKS):
             return "global module hooks are registered, which a compiled graph would not call"
-        if any(self._tree.hooks) and any(_is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
+        if any(self._tree.hooks) and any(is_foreign(hook) for hooks in self._tree.hooks for hook in hooks.values()):
             return "a submodule has forward hooks, which a compiled graph would not call"
         if torch.is_grad_enabled() and (
             any([tensor.requires_grad for tensor in (*tensors, *self.own)]) or self.adapters.require_gradients()
@@ -229,7 +158,7 @@ class ModuleState:
         return None
 
     def _reread(self) -> None:
-        self._tree = _read(self.module)
+        self._tree = read(self.module)
         # Tied weights are one input.
         self.own = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
         self._wrappers = [weight for weight in self.own if is_traceable_wrapper_subclass(weight)]
@@ -270,129 +199,6 @@ class ModuleState:
 
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 _TRAINING = operator.attrgetter("training")
-# What computes something else in training. Others may be in training mode without consequence: diffusers leaves the layers
-# of a loaded LoRA like that, and AnimateDiff's whole UNet. The root's own mode is one of its settings.
-_MODAL = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
-
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
-_NONE: frozenset[str] = frozenset()
-# What their forwards do not read, in modules of which there are many: looking takes time.
-_WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
-    torch.nn.Linear: frozenset(("in_features", "out_features")),
-    torch.nn.Dropout: frozenset(("p", "inplace")),
-    torch.nn.SiLU: frozenset(("inplace",)),
-}
-_OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
-# What peft, diffusers and transformers keep beside adapters, and no forward reads.
-_OF_ADAPTERS = frozenset(
-    (
-        *("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs", "lora_scale", "_safe_fusing"),
-        "_weight_conversions",
-    )
-)
-_WRAPPERS = ("_hf_hook", "_diffusers_hook")
-
-
-def _exchanged(before: _Tree, after: _Tree) -> set[str]:
-    """Names of the attributes that have another value, or are another tensor, than before."""
-    values = before.attributes.keys() | after.attributes.keys()
-    old, new = dict(before.weights), dict(after.weights)
-    tensors = {name for name in old.keys() | new.keys() if old.get(name) is not new.get(name)}
-    return tensors | {name for name in values if before.attributes.get(name) != after.attributes.get(name)}
-
-
-def _read(root: torch.nn.Module) -> _Tree:
-    tree = _Tree()
-    tree.attributes["training"] = bool, root.training
-    opened: set[int] = set()
-    for path, module in _modules(root, tree):
-        tree.modules.append(module)
-        tree.types.append(type(module))
-        if isinstance(module, _MODAL):
-            tree.modal.append(module)
-        for place in (module._parameters, module._buffers, module._modules):
-            if place:
-                tree.watch(place.values())
-        tree.watch_attributes(module)
-        for place in (module._parameters, module._buffers):
-            tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
-        computed = _computed(module)
-        for name, value in module.__dict__.items():
-            if name in _OF_EVERY_MODULE or name in _OF_ADAPTERS or (module is root and name in _OF_THE_ROOT):
-                continue
-            if name in computed:
-                continue
-            if name == "processor":
-                tree.processors.append(value)
-            if name in ("processor", "config") and hasattr(value, "__dict__") and id(value) not in opened:
-                opened.add(id(value))
-                value = vars(value)
-            _read_attribute(tree, f"{path}.{name}", value)
-        if module is not root:
-            tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
-    tree.watch_code()
-    return tree
-
-
-def _modules(root: torch.nn.Module, tree: _Tree) -> list[tuple[str, torch.nn.Module]]:
-    """As `named_modules` has them if peft had wrapped nothing; what it has wrapped is noted in `tree`."""
-    found: dict[int, tuple[str, torch.nn.Module]] = {}
-
-    def visit(path: str, module: torch.nn.Module) -> None:
-        if is_adapted(module) and module is not root:
-            inner = module._modules["base_layer"]
-            if inner is not None and not is_adapted(inner):
-                _watch_adapters(tree, path, module, inner)
-                module = inner
-        if id(module) in found:
-            return
-        found[id(module)] = path, module
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", root)
-    return list(found.values())
-
-
-def _watch_adapters(tree: _Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
-    tensors: list[torch.Tensor] = []
-    pending = [wrapper]
-    while pending:
-        module = pending.pop()
-        tree.watch_attributes(module)
-        for place in (module._parameters, module._buffers, module._modules):
-            if place:
-                tree.watch(place.values())
-        tensors += [t for place in (module._parameters, module._buffers) for t in place.values() if t is not None]
-        if isinstance(module, _MODAL):
-            tree.modal.append(module)
-        tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        pending += [child for child in module._modules.values() if child is not None and child is not base]
-    for name, value in vars(wrapper).items():
-        if name not in _OF_EVERY_MODULE and isinstance(value, (list, dict)):
-            values = value.values() if isinstance(value, dict) else value
-            tree.watch(values)  # scaling, merged_adapters
-            tensors += [item for item in values if isinstance(item, torch.Tensor)]
-    tree.adapted.append(Adapted(path, wrapper, base, tensors))
-
-
-def _read_attribute(tree: _Tree, path: str, value: Any, depth: int = 3) -> None:
-    if isinstance(value, torch.Tensor):
-        tree.weights.append((path, value))
-    elif isinstance(value, PLAIN):
-        tree.attributes[path] = type(value), value  # 1, 1.0 and True are equal in Python
-    elif isinstance(value, torch.nn.Module):
-        tree.modules.append(value)  # one that is not registered
-    elif depth and isinstance(value, (list, tuple, dict)):
-        tree.attributes[path] = type(value), len(value)
-        if not isinstance(value, tuple):
-            tree.watch(value.values() if isinstance(value, dict) else value)
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _read_attribute(tree, f"{path}.{name}", item, depth - 1)
-    else:
-        tree.attributes[path] = (type(value),)
 
 
 def _is_random_or_learns(module: torch.nn.Module) -> bool:
@@ -404,18 +210,3 @@ def _inner_addresses(tensor: torch.Tensor) -> list[int]:
         return [tensor.data_ptr()]
     parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     return [address for part in parts for address in _inner_addresses(part)]
-
-
-def _is_foreign(hook: Any) -> bool:
-    # transformers collects intermediate results with hooks of its own, and torch normalizes weights with some: they
-    # compute, and are traced like the rest.
-    return not getattr(hook, "__module__", "").startswith("transformers.") and not isinstance(hook, _COMPUTES)
-
-
-_COMPUTES = (WeightNorm, SpectralNorm)
-
-
-def _computed(module: torch.nn.Module) -> frozenset[str]:
-    """Attributes that a hook computes from others before every forward: nothing depends on what is in them now."""
-    hooks = module._forward_pre_hooks
-    return frozenset([hook.name for hook in hooks.values() if isinstance(hook, _COMPUTES)]) if hooks else _NONE

@@ -1,0 +1,225 @@
+"""Everything in a module tree that a trace has baked in or reads: weights, submodules, attributes, hooks, functions.
+
+It is read once, with a list of all places where something could be exchanged. Whether the very same objects still stand
+in all of them is then told in less than a millisecond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Hashable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from sfast import patches
+from sfast.adapters import Adapted, is_adapted
+from sfast.structure import PLAIN
+
+
+@dataclasses.dataclass
+class Tree:
+    """Everything in a module tree that may be exchanged, as it was when it was read."""
+
+    modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
+    types: list[type] = dataclasses.field(default_factory=list)  # their classes
+    modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those that may differ in training
+    live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
+    contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
+    # of modules' own attributes, and of functions
+    getters: list[tuple[Any, Mapping[str, Any]]] = dataclasses.field(default_factory=list)
+    got: list[Any] = dataclasses.field(default_factory=list)  # what they got
+    sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # of attributes, and classes
+    length: int = 0  # of all of those together
+    weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
+    attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
+    processors: list[Any] = dataclasses.field(default_factory=list)  # of attention; those that are no modules
+    hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
+    wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
+    adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
+    code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
+
+    def same(self) -> bool:
+        """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
+        if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
+            return False
+        if list(map(type, self.modules)) != self.types:  # token merging (tomesd) gives blocks another class
+            return False
+        try:
+            got = chain.from_iterable([get(place) for get, place in self.getters])
+        except KeyError:
+            return False
+        return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
+            map(operator.is_, got, self.got)
+        )
+
+    def watch(self, values: Any) -> None:
+        """Notice from now on what is exchanged in a list or in the values of a dictionary."""
+        self.live.append(values)
+        self.contents += values
+
+    def watch_attributes(self, module: torch.nn.Module) -> None:
+        """Notice from now on what is assigned to attributes of a module."""
+        place = module.__dict__
+        self.sizes.append(place)
+        self.length += len(place)
+        computed = _computed(module)
+        names = [name for name in place if name not in _OF_EVERY_MODULE and name not in computed]
+        if not _WITHOUT_SETTINGS.get(type(module), _NONE).issuperset(names):
+            get = operator.itemgetter("training", *names)
+            self.getters.append((get, place))
+            self.got += get(place)
+
+    def watch_code(self) -> None:
+        """Notice from now on functions of the modules' classes and files that are patched."""
+        for place in patches.namespaces([*self.types, *map(type, self.processors)]):
+            get = patches.functions_of(place)
+            self.getters.append((get, place))
+            self.code += get(place)
+            if not isinstance(place, dict):  # a class: a method that it inherited so far may get another one before it
+                self.sizes.append(place)
+                self.length += len(place)
+        self.got += self.code
+
+
+# What computes something else in training. Others may be in training mode without consequence: diffusers leaves the layers
+# of a loaded LoRA like that, and AnimateDiff's whole UNet. The root's own mode is one of its settings.
+_MODAL = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
+
+_COMPUTES = (WeightNorm, SpectralNorm)  # hooks of torch that compute a weight from others
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+_NONE: frozenset[str] = frozenset()
+# What their forwards do not read, in modules of which there are many: looking takes time.
+_WITHOUT_SETTINGS: dict[type, frozenset[str]] = {
+    torch.nn.Linear: frozenset(("in_features", "out_features")),
+    torch.nn.Dropout: frozenset(("p", "inplace")),
+    torch.nn.SiLU: frozenset(("inplace",)),
+}
+_OF_THE_ROOT = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook"))  # where a call comes in: ourselves
+# What peft, diffusers and transformers keep beside adapters, and no forward reads.
+_OF_ADAPTERS = frozenset(
+    (
+        *("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs", "lora_scale", "_safe_fusing"),
+        "_weight_conversions",
+    )
+)
+_WRAPPERS = ("_hf_hook", "_diffusers_hook")
+
+
+def exchanged(before: Tree, after: Tree) -> set[str]:
+    """Names of the attributes that have another value, or are another tensor, than before."""
+    values = before.attributes.keys() | after.attributes.keys()
+    old, new = dict(before.weights), dict(after.weights)
+    tensors = {name for name in old.keys() | new.keys() if old.get(name) is not new.get(name)}
+    return tensors | {name for name in values if before.attributes.get(name) != after.attributes.get(name)}
+
+
+def read(root: torch.nn.Module) -> Tree:
+    tree = Tree()
+    tree.attributes["training"] = bool, root.training
+    opened: set[int] = set()
+    for path, module in _modules(root, tree):
+        tree.modules.append(module)
+        tree.types.append(type(module))
+        if isinstance(module, _MODAL):
+            tree.modal.append(module)
+        for place in (module._parameters, module._buffers, module._modules):
+            if place:
+                tree.watch(place.values())
+        tree.watch_attributes(module)
+        for place in (module._parameters, module._buffers):
+            tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
+        computed = _computed(module)
+        for name, value in module.__dict__.items():
+            if name in _OF_EVERY_MODULE or name in _OF_ADAPTERS or (module is root and name in _OF_THE_ROOT):
+                continue
+            if name in computed:
+                continue
+            if name == "processor":
+                tree.processors.append(value)
+            if name in ("processor", "config") and hasattr(value, "__dict__") and id(value) not in opened:
+                opened.add(id(value))
+                value = vars(value)
+            _read_attribute(tree, f"{path}.{name}", value)
+        if module is not root:
+            tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
+    tree.watch_code()
+    return tree
+
+
+def _modules(root: torch.nn.Module, tree: Tree) -> list[tuple[str, torch.nn.Module]]:
+    """As `named_modules` has them if peft had wrapped nothing; what it has wrapped is noted in `tree`."""
+    found: dict[int, tuple[str, torch.nn.Module]] = {}
+
+    def visit(path: str, module: torch.nn.Module) -> None:
+        if is_adapted(module) and module is not root:
+            inner = module._modules["base_layer"]
+            if inner is not None and not is_adapted(inner):
+                _watch_adapters(tree, path, module, inner)
+                module = inner
+        if id(module) in found:
+            return
+        found[id(module)] = path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", root)
+    return list(found.values())
+
+
+def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
+    tensors: list[torch.Tensor] = []
+    pending = [wrapper]
+    while pending:
+        module = pending.pop()
+        tree.watch_attributes(module)
+        for place in (module._parameters, module._buffers, module._modules):
+            if place:
+                tree.watch(place.values())
+        tensors += [t for place in (module._parameters, module._buffers) for t in place.values() if t is not None]
+        if isinstance(module, _MODAL):
+            tree.modal.append(module)
+        tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        pending += [child for child in module._modules.values() if child is not None and child is not base]
+    for name, value in vars(wrapper).items():
+        if name not in _OF_EVERY_MODULE and isinstance(value, (list, dict)):
+            values = value.values() if isinstance(value, dict) else value
+            tree.watch(values)  # scaling, merged_adapters
+            tensors += [item for item in values if isinstance(item, torch.Tensor)]
+    tree.adapted.append(Adapted(path, wrapper, base, tensors))
+
+
+def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
+    if isinstance(value, torch.Tensor):
+        tree.weights.append((path, value))
+    elif isinstance(value, PLAIN):
+        tree.attributes[path] = type(value), value  # 1, 1.0 and True are equal in Python
+    elif isinstance(value, torch.nn.Module):
+        tree.modules.append(value)  # one that is not registered
+    elif depth and isinstance(value, (list, tuple, dict)):
+        tree.attributes[path] = type(value), len(value)
+        if not isinstance(value, tuple):
+            tree.watch(value.values() if isinstance(value, dict) else value)
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _read_attribute(tree, f"{path}.{name}", item, depth - 1)
+    else:
+        tree.attributes[path] = (type(value),)
+
+
+def is_foreign(hook: Any) -> bool:
+    """Whether a forward hook is somebody's who wants to be called."""
+    # transformers collects intermediate results with hooks of its own, and torch normalizes weights with some: they
+    # compute, and are traced like the rest.
+    return not getattr(hook, "__module__", "").startswith("transformers.") and not isinstance(hook, _COMPUTES)
+
+
+def _computed(module: torch.nn.Module) -> frozenset[str]:
+    """Attributes that a hook computes from others before every forward: nothing depends on what is in them now."""
+    hooks = module._forward_pre_hooks
+    return frozenset([hook.name for hook in hooks.values() if isinstance(hook, _COMPUTES)]) if hooks else _NONE
