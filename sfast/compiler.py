@@ -74,6 +74,7 @@ def _install(modules: dict[str, torch.nn.Module], config: CompilationConfig, pic
         try:
             component = Component(name, module, config, pictures)
         except Exception as error:  # weights without an address: sparse, or not initialized yet
+            fallback.let_through(error)
             first = str(error).strip().partition("\n")[0]
             fallback.note(name, f"stays eager: {type(error).__name__}: {first}")
             continue

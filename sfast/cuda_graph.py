@@ -332,8 +332,10 @@ class Patience:
         self._calls -= 1
         if self._calls >= 0:
             return False
+        if pool is None or pool.free() > self.MORE * self._free:
+            return True
         self._calls = self._longer()
-        return pool is None or pool.free() > self.MORE * self._free
+        return False
 
     def _longer(self) -> int:
         self._looks += 1

@@ -143,29 +143,35 @@ def _is_a_handlers(frame: types.FrameType) -> bool:
 
 def _told_by_a_handler(text: str) -> Exception | None:
     """The exception of a signal handler, made anew from a text that says where in Python it was raised."""
-    cause, at, places = text.rpartition("\nRuntimeError: ")[2].partition("\n\nAt:\n")
-    found = [_PLACE.fullmatch(line.strip()) for line in places.splitlines()]
-    if not at or _handlers().isdisjoint(place.groups() for place in found if place):
-        return None
-    name, _, message = cause.partition(": ")
-    kind = getattr(builtins, name, None)
-    known = isinstance(kind, type) and issubclass(kind, Exception)
-    error: Exception = kind(message) if known else RuntimeError(cause)  # type: ignore[misc]
-    setattr(error, _PASSES, True)
-    return error
+    cause, _, places = text.rpartition("\nRuntimeError: ")[2].partition("\n\nAt:\n")
+    handlers = _handlers() if places else {}
+    for line in places.splitlines():
+        place = _PLACE.fullmatch(line.strip())
+        if place is None or place.groups() not in handlers:
+            continue
+        name, _, message = cause.partition(": ")
+        kind = handlers[place.groups()].get(name, getattr(builtins, name, None))
+        error: Exception = RuntimeError(cause)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            with contextlib.suppress(TypeError):  # it wants more than a message
+                error = kind(message)
+        setattr(error, _PASSES, True)
+        return error
+    return None
 
 
 _PLACE = re.compile(r"(.*)\(\d+\): (.*)")
 
 
-def _handlers() -> set[tuple[str, ...]]:
-    """File and name of every signal handler in Python."""
-    found: set[tuple[str, ...]] = set()
+def _handlers() -> dict[tuple[str, ...], dict[str, Any]]:
+    """File and name of every signal handler in Python, and what it sees of its module."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
     for number in signal.valid_signals():
         handler: Any = signal.getsignal(number)
         while isinstance(handler, functools.partial):
             handler = handler.func
-        code = getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
-        if code is not None:
-            found.add((code.co_filename, code.co_name))
+        if callable(handler) and not hasattr(handler, "__code__"):  # an object with `__call__`
+            handler = type(handler).__call__
+        if hasattr(handler, "__code__"):
+            found[handler.__code__.co_filename, handler.__code__.co_name] = handler.__globals__
     return found

@@ -3,15 +3,19 @@
 A disk that was full or a machine that went down leaves truncated files behind. Opening a truncated launcher kills the
 process with a bus error, which nothing can catch, and a truncated description makes its kernel fail in every process to
 come. Such an entry is removed, with one line, and Triton compiles it anew. The cache is looked through once in a process.
+
+Without a folder that it can write to, Triton compiles nothing at all: a home that is read-only gets a temporary one.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from sfast.elf import is_whole
@@ -26,10 +30,25 @@ def mend() -> bool:
     try:
         knobs = importlib.import_module("triton.knobs")
 
+        folder = Path(knobs.cache.dir)
+        if not is_writable(folder):
+            knobs.cache.dir = tempfile.mkdtemp(prefix="sfast-triton-")
+            atexit.register(shutil.rmtree, knobs.cache.dir, ignore_errors=True)
+            note("Triton's kernel cache", f"{folder} cannot be written to: kernels are compiled anew in every process")
         remove_broken_entries(Path(knobs.cache.dir))
     except (ImportError, OSError) as error:
         note("Triton's kernel cache", f"not looked through for broken entries: {error}")
     return True
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be put into a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def remove_broken_entries(cache: Path) -> None:

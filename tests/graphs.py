@@ -33,7 +33,12 @@ class Graph:
 
 
 class Pool(GraphPool):
-    """A graph needs `each` bytes for every number among its inputs; graphs share, so the pool is as large as the largest."""
+    """A graph needs `each` bytes for every number among its inputs.
+
+    Graphs share them, so the pool is as large as the largest; but for `apart` bytes that each has to itself.
+    """
+
+    apart = 1000
 
     def __init__(self, size: int = 2**40, each: int = 64) -> None:
         self.size, self.each = size, each
@@ -50,7 +55,7 @@ class Pool(GraphPool):
         function(runner.inputs)  # warms up
         self.before_capture()
         needed = self.each * sum(tensor.numel() for tensor in inputs)
-        if needed - self.memory() > self.free():
+        if max(needed, self._shared()) + self.apart * (len(self._runners) + 1) > self.size - self.used_by_others:
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         runner.outputs = function(runner.inputs)
         runner.graph = Graph(function, runner)  # type: ignore[assignment]
@@ -68,6 +73,9 @@ class Pool(GraphPool):
         return self.size - self.used_by_others - self.memory()
 
     def memory(self) -> int:
+        return self._shared() + self.apart * len(self._runners)
+
+    def _shared(self) -> int:
         return max([self._segments_of.get(id(runner), 0) for runner in self._runners], default=0)
 
     def _new_handle(self) -> tuple[int, int]:
