@@ -31,9 +31,10 @@ def run(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> list[t
     wanted = plan.loop is None and plan.wants_graph(component.state.pointers)
     if wanted:
         _begin_in_two_parts(component, plan)
+    failures: list[str] = []
     if plan.loop is not None:
         with component.lock:  # between prologue and body no other thread may bring another prompt
-            outputs = _run_loop(component, plan, plan.loop, tensors) if plan.loop is not None else None
+            outputs = _run_loop(component, plan, plan.loop, tensors, failures) if plan.loop is not None else None
         if outputs is not None:
             return outputs
         wanted = plan.wants_graph(component.state.pointers)
@@ -43,6 +44,8 @@ def run(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> list[t
     runner = plan.runner
     replayed = runner(tensors) if runner is not None else None
     outputs = replayed if replayed is not None else plan.call.run(component.state.weights, tensors)
+    for why in failures:  # of the parts alone: where the whole fails, too, it is another trace's shape
+        component.note(why)
     if (watch := plan.watch) is not None and (plan.pool is None or replayed is not None):
         try:
             _look_for_a_loop(component, plan, watch, tensors, outputs)
@@ -128,7 +131,10 @@ def _look_for_a_loop(
     with component.lock, fallback.timed(f"{component.name}: hoisting"):
         loop = Loop(split, plan.pool, component.config.graph_memory_budget)
         drop(plan)  # the two parts take its place
-        result = _run_loop(component, plan, loop, tensors)
+        failures: list[str] = []
+        result = _run_loop(component, plan, loop, tensors, failures)
+        for why in failures:
+            component.note(why)
         if result is None:
             return
         pairs = zip(result, whole, strict=True) if component.config.verify else ()
@@ -140,7 +146,9 @@ def _look_for_a_loop(
         split.whole.hoisted = split
 
 
-def _run_loop(component: Component, plan: Plan, loop: Loop, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+def _run_loop(
+    component: Component, plan: Plan, loop: Loop, tensors: list[torch.Tensor], failures: list[str]
+) -> list[torch.Tensor] | None:
     """The loop's result; None, and the plan's call as a whole from now on, where it fails or does not pay."""
     if not loop.wasted():
         state = component.state
@@ -151,7 +159,7 @@ def _run_loop(component: Component, plan: Plan, loop: Loop, tensors: list[torch.
             plan.watch = Watch()  # for when there is memory again
         except Exception as error:
             fallback.let_through(error)
-            component.note(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
+            failures.append(f"nothing is hoisted at {describe_shapes(tensors)}: {fallback.reason(error)}")
     loop.release()
     plan.loop = None
     return None

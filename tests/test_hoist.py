@@ -375,3 +375,28 @@ def test_on_a_gpu_two_graphs_take_the_place_of_one() -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
     report = sfast.report(module)
     assert (report.traces, report.graphs, report.fallbacks) == (1, 2, [])
+
+
+class Sized(nn.Module):
+    """Takes a decision from the batch size, so that a trace is good for one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.prompt = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        return self.linear(x) + self.prompt(prompt).expand(int(x.shape[0]), -1)
+
+
+def test_parts_of_a_trace_that_does_not_fit_a_shape_are_no_news() -> None:
+    module = Sized().eval().requires_grad_(False)
+    eager, compiled = copy.deepcopy(module), sfast.compile(module, HOISTING)
+    for batch in (2, 3, 2):
+        prompt = torch.randn(1, 4)
+        for _ in range(4):
+            x = torch.randn(batch, 4)
+            agree(compiled(x, prompt), eager(x, prompt))
+    report = sfast.report(compiled)
+    assert (report.traces, report.fallbacks) == (2, [])
+    plans = compiled.forward._plans.values()  # type: ignore[union-attr]
+    assert [plan.loop is not None for plan in plans] == [True, True]
