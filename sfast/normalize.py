@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from sfast.writes import writes, written_values
+from sfast.writes import may_alias, writes, written_values
 
 
 def normalize(graph: Any) -> None:
     """Spell every idea in one way, so that one pattern finds it."""
     _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
+    _interleave(graph)
     torch._C._jit_pass_erase_shape_information(graph)
     torch._C._jit_pass_inline(graph)
     torch._C._jit_pass_lower_all_tuples(graph)
@@ -79,6 +80,58 @@ def _keeps_dtype(node: Any) -> bool:
     before, after = next(node.inputs()).type(), node.output().type()
     known = before.kind() == after.kind() == "TensorType" and before.dtype() is not None
     return known and before.dtype() == after.dtype()
+
+
+def _interleave(graph: Any) -> None:
+    """`y = empty_like(x); y[..., 0::2] = a; y[..., 1::2] = b` is `stack([a, b], -1).flatten(-2)`, without a write."""
+    for node in [node for node in graph.nodes() if node.kind() == "aten::empty_like"]:
+        writers = [use.user for use in node.output().uses()][:2]
+        dim = _interleaved(node, writers)
+        if dim is None:
+            continue
+        copies = [writer.output().uses()[0].user for writer in writers]
+        readers = [use.user for use in node.output().uses() if use.user not in writers]
+        first = readers[0]
+        parts = graph.create("prim::ListConstruct", [copy.inputsAt(1) for copy in copies], 1)
+        parts.output().setType(torch._C.ListType.ofTensors())
+        numbers = [graph.insertConstant(value) for value in (dim, dim - 1)]
+        stacked = graph.create("aten::stack", [parts.output(), numbers[0]], 1)
+        flat = graph.create("aten::flatten", [stacked.output(), numbers[1], numbers[0]], 1)
+        cast = graph.create("aten::type_as", [flat.output(), node.inputsAt(0)], 1)
+        for made in (*(number.node() for number in numbers), parts, stacked, flat, cast):
+            made.moveBefore(first) if made.kind() == "prim::Constant" else made.insertBefore(first)
+        cast.output().setTypeAs(node.output())
+        node.output().replaceAllUsesWith(cast.output())
+        for writer, copy in zip(writers, copies, strict=True):
+            copy.destroy()
+            writer.destroy()
+        node.destroy()
+
+
+def _interleaved(node: Any, writers: list[Any]) -> int | None:
+    """The dimension, counted from the end, whose even and odd places two slices of a new tensor write, and then it is read."""
+    if len(writers) != 2 or any(writer.kind() != "aten::slice" for writer in writers):
+        return None
+    whole = node.output().type()
+    dims = []
+    for start, writer in enumerate(writers):
+        numbers = [value.toIValue() if is_constant(value) else None for value in list(writer.inputs())[1:]]
+        uses = [use.user for use in writer.output().uses()]
+        if numbers[1:] != [start, _WHOLE, 2] or len(uses) != 1 or uses[0].kind() != "aten::copy_":
+            return None
+        copy = uses[0]
+        if copy.inputsAt(0).unique() != writer.output().unique() or copy.output().uses():
+            return None
+        if copy.inputsAt(1).type().sizes() is None or copy.inputsAt(1).type().sizes() != writer.output().type().sizes():
+            return None  # what is written is spread
+        dims.append(numbers[0])
+    readers = [use.user for use in node.output().uses()[2:]]
+    last = writers[1].output().uses()[0].user
+    read_later = bool(readers) and all(last.isBefore(reader) and not may_alias(reader) for reader in readers)
+    if not read_later or dims[0] != dims[1] or whole.sizes() is None or whole.sizes()[dims[0]] % 2:
+        return None
+    rank = len(whole.sizes())
+    return int(dims[0] % rank - rank)
 
 
 def _simplify_sizes(graph: Any) -> None:

@@ -217,7 +217,9 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     left = [value for node in kept for value in node.outputs()]
     if _read_outside(nodes, [*results, *left], sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
-    place = _place(nodes, arguments, [*results, *left], unsafe)
+    known = set(_ids(results))
+    moved = [node for node in kept if not known.isdisjoint(_ids(node.inputs()))]
+    place = _place(nodes, arguments, [*results, *[value for node in moved for value in node.outputs()]], unsafe)
     if place is None:
         return False
     for value in sums:
@@ -232,7 +234,7 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     for old, new in zip(results, fused.outputs(), strict=True):
         old.replaceAllUsesWith(new)
     last = fused
-    for node in kept:
+    for node in moved:
         node.moveAfter(last)
         last = node
     for node in reversed(nodes):

@@ -125,6 +125,49 @@ def test_a_sum_that_is_normalized_is_left_to_the_norm() -> None:
     _agrees(traced, forward, (V, V + 2))
 
 
+def test_two_modulations_of_one_norm_each_compute_it() -> None:
+    def forward(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        total = x + r[:, 0][:, None] * y
+        normalized = F.layer_norm(total, [8])
+        return normalized * (1 + r) + r, normalized * (1 + 2 * r) + 3 * r, total
+
+    args = (V, V + 1, torch.randn(2, 1, 8))
+    traced = _trace(forward, args)
+    assert traced.fusions == {"gate_add_layer_norm_modulate": 1, "layer_norm_modulate": 1}
+    _agrees(traced, forward, args)
+
+    def read_plain(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        *results, total = forward(x, y, r)
+        return *results, F.layer_norm(total, [8]).sin()
+
+    traced = _trace(read_plain, args)
+    assert traced.fusions == {"gate_add_layer_norm_modulate": 1, "layer_norm_modulate": 1, "layer_norm": 1}
+    _agrees(traced, read_plain, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm_and_rotation_in_every_precision_and_spelling(dtype: torch.dtype) -> None:
+    weight = torch.randn(8).to(dtype)
+
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + 1e-6)
+        x = (x.to(dtype) if dtype != torch.float32 else x) * weight
+        real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        x = (x.float() * cos + turned.float() * sin).to(x.dtype)
+        wide = x.to(torch.float32)
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+
+    args = (torch.randn(2, 3, 4, 8).to(dtype), torch.randn(1, 3, 1, 8), torch.randn(1, 3, 1, 8))
+    traced = _trace(forward, args)
+    assert traced.fusions == {"rms_norm_rotary": 1, "rms_norm": 1}
+    result = traced.run([], list(args))[0]
+    assert result.dtype == dtype
+    wanted = forward(*args).double()
+    assert (result.double() - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
+
+
 def _one_head(q: Tensor) -> Tensor:
     return q[:, :1]
 

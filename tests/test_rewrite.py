@@ -258,6 +258,27 @@ def test_what_is_joined_otherwise_is_still_joined(join: Callable[..., Tensor]) -
     assert "aten::cat" in _kinds(along_any, torch.randn(2, 6, 8))
 
 
+def _interleaved(x: Tensor, first: int = 0, reads_early: bool = False, spreads: bool = False) -> Tensor:
+    y = torch.empty_like(x)
+    y[..., first::2] = x[..., :1] if spreads else x[..., ::2] * 2.5
+    early = y.sum() * 0 if reads_early else 0
+    y[..., 1::2] = x[..., 1::2].double()
+    return y * 3 + early
+
+
+def test_what_is_written_at_even_and_odd_places_is_interleaved_without_a_write() -> None:
+    kinds = _kinds(_interleaved, torch.randn(2, 3, 8))
+    assert "aten::copy_" not in kinds and "aten::stack" in kinds
+    assert "aten::copy_" not in _kinds(lambda x: _interleaved(x.mT).mT, torch.randn(2, 8, 3))
+    for spreads in (False, True):
+        fused(lambda x, spreads=spreads: _interleaved(x, spreads=spreads), torch.randn(2, 3, 8), fusions=[LINEAR_SILU])
+
+
+@pytest.mark.parametrize("how", [{"first": 1}, {"reads_early": True}], ids=str)
+def test_other_writes_to_parts_stay(how: dict[str, Any]) -> None:
+    assert "aten::copy_" in _kinds(lambda x: _interleaved(x, **how), torch.randn(2, 3, 8))
+
+
 def test_a_joined_copy_that_is_written_to_stays_one() -> None:
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x * 2

@@ -52,6 +52,17 @@ def _gate(row: Tensor) -> Tensor:
     return row[:, 0][:, None]
 
 
+HALF = torch.randn(2, 3, 8).bfloat16()
+
+
+def _normed_wide(total: Tensor) -> tuple[Tensor, Tensor]:
+    return F.layer_norm(total.float(), [8], GW, GB).type_as(total), total
+
+
+def _modulated_wide(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    return _modulated(total.float(), row).type_as(total), total
+
+
 TRANSFORMER_CASES = [
     Case(
         "rms_norm",
@@ -174,5 +185,40 @@ TRANSFORMER_CASES = [
         twice(lambda x, y: torch.cat([x, y], 2), lambda m: F.linear(m, WIDE, GB)),
         lambda x, y: F.linear(torch.stack([x, y], 2).flatten(2), WIDE, GB),
         (V, V + 1),
+    ),
+    Case(
+        "layer_norm_wide",
+        lambda x: F.layer_norm(x.float(), [8], GW, GB).type_as(x),
+        None,  # that it is read in fp32 only makes it stay: nothing in between is read elsewhere
+        lambda x: F.layer_norm(x.double(), [8], GW.double(), GB.double()).type_as(x),
+        (HALF,),
+    ),
+    Case(
+        "layer_norm_modulate_wide",
+        lambda x, r: _modulated(x.float(), r).type_as(x),
+        twice(lambda x, r: _modulated(x.float(), r), lambda m: m.type_as(HALF)),
+        lambda x, r: _modulated(x.float(), r, one=2).type_as(x),
+        (HALF, ROW),
+    ),
+    Case(
+        "gate_add_wide",
+        lambda x, y, r: (x.float() + y.float() * _gate(r)).type_as(x),
+        twice(lambda x, y, r: y * _gate(r), lambda m: (HALF.float() + m).type_as(HALF)),
+        lambda x, y, r: torch.add(x.float(), y * _gate(r), alpha=2).type_as(x),
+        (HALF, HALF + 1, ROW),
+    ),
+    Case(
+        "gate_add_layer_norm_wide",
+        lambda x, y, r: _normed_wide((x.float() + y * _gate(r)).type_as(x)),
+        twice(lambda x, y, r: y * _gate(r), lambda m: _normed_wide((HALF.float() + m).type_as(HALF))),
+        lambda x, y, r: _normed_wide(torch.add(x.float(), y * _gate(r), alpha=2).type_as(x)),
+        (HALF, HALF + 1, ROW),
+    ),
+    Case(
+        "gate_add_layer_norm_modulate_wide",
+        lambda x, y, r: _modulated_wide((x.float() + y.float() * _gate(r)).type_as(x), r),
+        twice(lambda x, y, r: y * _gate(r), lambda m: _modulated_wide((HALF.float() + m).type_as(HALF), ROW)),
+        lambda x, y, r: _modulated_wide(torch.add(x.float(), y * _gate(r), alpha=2).type_as(x), r),
+        (HALF, HALF + 1, ROW),
     ),
 ]

@@ -36,6 +36,7 @@ from sfast.fusions.modulate import (
     GATE_RMS_NORM_ADD,
     GATE_RMS_NORM_ADD_RMS_NORM_SCALE,
     LAYER_NORM_MODULATE,
+    LAYER_NORM_WIDE,
     RMS_NORM_SCALE,
 )
 from sfast.fusions.rotary import (
@@ -68,6 +69,7 @@ FUSIONS: list[Fusion] = [
     RMS_NORM_ROTARY,
     RMS_NORM_ROTARY_COMPLEX,
     CAT_RMS_NORM,
+    *LAYER_NORM_WIDE,  # before the others, which would leave the conversions; the longest first
     GATE_ADD_LAYER_NORM_MODULATE,  # the longest first; before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
     ADD_LAYER_NORM_MODULATE,
     LAYER_NORM_MODULATE,

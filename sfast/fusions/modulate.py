@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -72,3 +73,41 @@ GATE_RMS_NORM_ADD_RMS_NORM_SCALE = Fusion(
     (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
     needs=_NEEDS,
 )
+
+# Models that keep their modulation in fp32 convert activations to it and back around every norm and every gate.
+_HALF, _WIDE_NORM = _X.bfloat16(), ([14], _WEIGHT, _WEIGHT + 1, _EPS)
+_CAST = frozenset(("aten::to", "aten::layer_norm"))  # a residual is converted once for its norm and for the next sum
+
+
+def _of_wide(pattern: Any) -> Any:
+    """The same where what is gated is converted, too."""
+
+    def spelling(x: Tensor, y: Tensor, gate: Tensor, *norm: Any) -> Any:
+        return pattern(x, y.float(), gate, *norm)
+
+    functools.update_wrapper(spelling, pattern)
+    return spelling
+
+
+LAYER_NORM_WIDE = [
+    *(
+        Fusion(name, pattern, (_HALF, _HALF + 1, _ROW, *norm), needs=_NEEDS, only=_GATE, shared=_CAST)
+        for name, spelled, norm in (
+            ("gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference, _NORM),
+            ("gate_add_layer_norm_wide", modulate.gate_add_layer_norm_wide_reference, _WIDE_NORM),
+        )
+        for pattern in (spelled, _of_wide(spelled))
+    ),
+    Fusion(
+        "layer_norm_modulate_wide",
+        modulate.layer_norm_modulate_wide_reference,
+        (_HALF, *_NORM),
+        needs=_NEEDS,
+        shared=_CAST,
+    ),
+    Fusion("layer_norm_wide", modulate.layer_norm_wide_reference, (_HALF, *_WIDE_NORM), needs=_NEEDS, shared=_CAST),
+    *(
+        Fusion("gate_add_wide", pattern, (_HALF, _HALF + 1, _ROW), needs=_NEEDS, only=_GATE, shared=_CAST)
+        for pattern in (modulate.gate_add_wide_reference, _of_wide(modulate.gate_add_wide_reference))
+    ),
+]

@@ -70,6 +70,65 @@ def gate_add_layer_norm_modulate_reference(
     return layer_norm_modulate_reference(total, normalized_shape, weight, bias, eps, scale, shift), total
 
 
+def layer_norm_wide_reference(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """layer_norm(x) in fp32, rounded to x's precision: the parameters may be fp32."""
+    return F.layer_norm(_wide(x), normalized_shape, weight, bias, eps).type_as(x)
+
+
+def layer_norm_modulate_wide_reference(
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift in fp32, rounded to x's precision."""
+    return (F.layer_norm(_wide(x), normalized_shape, weight, bias, eps) * (1 + scale) + shift).type_as(x)
+
+
+def gate_add_wide_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in fp32, rounded to x's precision."""
+    return (_wide(x) + y * gate).type_as(x)
+
+
+def gate_add_layer_norm_wide_reference(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) for total = x + y * gate, both in fp32 and rounded to x's precision."""
+    total = gate_add_wide_reference(x, y, gate)
+    return layer_norm_wide_reference(total, normalized_shape, weight, bias, eps), total
+
+
+def gate_add_layer_norm_modulate_wide_reference(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total) * (1 + scale) + shift, total) for total = x + y * gate, in fp32 and rounded to x's precision."""
+    total = gate_add_wide_reference(x, y, gate)
+    return layer_norm_modulate_wide_reference(total, normalized_shape, weight, bias, eps, scale, shift), total
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def gate_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y."""
     return x + gate * y
@@ -109,6 +168,7 @@ class Job(NamedTuple):
     one: bool = False  # scale by 1 + scale
     shift: Tensor | None = None
     rms: bool = False  # an RMSNorm instead
+    wide: bool = False  # parameters, gate, scale and shift may be fp32
 
     @property
     def normalizes(self) -> bool:
@@ -180,18 +240,19 @@ def takes(job: Job) -> bool:
     if job.y is not None and (job.y.shape != x.shape or not _alike(job.y, x)):
         return False
     for part in (job.weight_y, job.weight, job.bias):
-        if part is not None and not (part.shape == x.shape[-1:] and part.stride(0) == 1 and _alike(part, x)):
+        if part is not None and not (part.shape == x.shape[-1:] and part.stride(0) == 1 and _alike(part, x, job.wide)):
             return False
-    return all(part is None or _broadcasts(part, x) for part in (job.gate, job.scale, job.shift))
+    rows = [part for part in (job.gate, job.scale, job.shift) if part is not None]
+    return all(_broadcasts(part, x) and _alike(part, x, job.wide) for part in rows)
 
 
-def _alike(part: Tensor, x: Tensor) -> bool:
-    return part.dtype == x.dtype and part.device == x.device
+def _alike(part: Tensor, x: Tensor, wide: bool = False) -> bool:
+    return (part.dtype == x.dtype or (wide and part.dtype == torch.float32)) and part.device == x.device
 
 
 def _broadcasts(part: Tensor, x: Tensor) -> bool:
     """Whether `part` says the same for every token, or something for each: in whole rows of C."""
-    if x.dim() not in (2, 3) or part.dim() > x.dim() or part.dim() == 0 or not _alike(part, x):
+    if x.dim() not in (2, 3) or part.dim() > x.dim() or part.dim() == 0:
         return False
     if part.shape[-1] != x.shape[-1] or part.stride(-1) != 1:
         return False
@@ -219,6 +280,28 @@ def _add_layer_norm_modulate(x: Tensor, y: Tensor, *rest: Any) -> Job:
 
 def _gate_add_layer_norm_modulate(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
     return _gated(_layer_norm_modulate(x, *rest), y, gate)
+
+
+def _layer_norm_wide(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Job:
+    return Job(x, shape=normalized_shape, weight=weight, bias=bias, eps=eps, wide=True)
+
+
+def _layer_norm_modulate_wide(x: Tensor, *rest: Any) -> Job:
+    return _layer_norm_modulate(x, *rest)._replace(wide=True)
+
+
+def _gate_add_layer_norm_wide(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
+    return _gated(_layer_norm_wide(x, *rest), y, gate)
+
+
+def _gate_add_layer_norm_modulate_wide(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
+    return _gated(_layer_norm_modulate_wide(x, *rest), y, gate)
+
+
+def _gate_add_wide(x: Tensor, y: Tensor, gate: Tensor) -> Job:
+    return _gated(Job(x, wide=True), y, gate)
 
 
 def _gate_add(x: Tensor, y: Tensor, gate: Tensor) -> Job:
@@ -258,7 +341,8 @@ def _define(schema: str, reference: Callable[..., Any], job: Callable[..., Job])
     define(schema, reference, lambda *args: takes(job(*args)), launch, fake)
 
 
-_NORM = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor shift"
+_PLAIN = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps"
+_NORM = f"{_PLAIN}, Tensor scale, Tensor shift"
 _RMS_Y = "Tensor x, Tensor y, Tensor weight_y, float eps_y, Tensor gate"
 _define(f"layer_norm_modulate(Tensor x, {_NORM}) -> Tensor", layer_norm_modulate_reference, _layer_norm_modulate)
 _define(
@@ -271,6 +355,23 @@ _define(
     gate_add_layer_norm_modulate_reference,
     _gate_add_layer_norm_modulate,
 )
+_define(f"layer_norm_wide(Tensor x, {_PLAIN}) -> Tensor", layer_norm_wide_reference, _layer_norm_wide)
+_define(
+    f"layer_norm_modulate_wide(Tensor x, {_NORM}) -> Tensor",
+    layer_norm_modulate_wide_reference,
+    _layer_norm_modulate_wide,
+)
+_define(
+    f"gate_add_layer_norm_wide(Tensor x, Tensor y, Tensor gate, {_PLAIN}) -> (Tensor, Tensor)",
+    gate_add_layer_norm_wide_reference,
+    _gate_add_layer_norm_wide,
+)
+_define(
+    f"gate_add_layer_norm_modulate_wide(Tensor x, Tensor y, Tensor gate, {_NORM}) -> (Tensor, Tensor)",
+    gate_add_layer_norm_modulate_wide_reference,
+    _gate_add_layer_norm_modulate_wide,
+)
+_define("gate_add_wide(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_wide_reference, _gate_add_wide)
 _define("gate_add(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_reference, _gate_add)
 _define(
     "rms_norm_scale(Tensor x, Tensor weight, float eps, Tensor scale) -> Tensor",

@@ -60,6 +60,27 @@ def test_rms_norm(shape, dtype, device, runs_kernel) -> None:
         assert_close_to_fp64(result, modulate.gate_rms_norm_add_rms_norm_scale_reference, *inputs, part=part)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["samples", "tokens"])
+def test_modulation_in_fp32(kind, dtype, device, runs_kernel) -> None:
+    shape = (2, 5, 40)
+    x, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate, scale, shift = rows(kind, shape, device, torch.float32)
+    norm = ([40], torch.randn(40, device=device), torch.randn(40, device=device), 1e-6)
+    if runs_kernel:
+        assert modulate.takes(modulate._gate_add_layer_norm_modulate_wide(x, y, gate, *norm, scale, shift))
+    for name, part, inputs in [
+        ("layer_norm_wide", None, (x, *norm)),
+        ("layer_norm_modulate_wide", None, (x, *norm, scale, shift)),
+        ("gate_add_wide", None, (x, y, gate)),
+        *(("gate_add_layer_norm_wide", part, (x, y, gate, *norm)) for part in (0, 1)),
+        *(("gate_add_layer_norm_modulate_wide", part, (x, y, gate, *norm, scale, shift)) for part in (0, 1)),
+    ]:
+        result = getattr(ops, name)(*inputs)
+        reference = getattr(modulate, f"{name}_reference")
+        assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
+
+
 def test_several_rows_to_a_program(device, monkeypatch) -> None:
     monkeypatch.setattr(modulate, "PROGRAMS", 1)
     x, (gate, scale, shift) = torch.randn(3, 7, 40, device=device), rows("samples", (3, 7, 40), device, torch.float32)
