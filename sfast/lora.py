@@ -6,20 +6,26 @@ order. `adapters.py` brings it into the weights.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import inspect
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sfast.adapters import is_adapted
+import torch
 
-KEPT = 4  # adapters that `swap_lora` has loaded from files and that nobody uses now: the next swap to them is quick
-PREFIX = "file_"
+from sfast.adapters import is_adapted
+from sfast.fallback import reason
+from sfast.undo import Undo
+
+_NAME_OF_FILE = re.compile(r"file_\w*_[0-9a-f]{12}")  # of adapters that `swap_lora` has loaded
+_KINDS_OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Where a caller of diffusers' denoisers says how strong all adapters shall be, as `scale`.
 SCALED_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
@@ -34,37 +40,38 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
             An empty mapping leaves the base weights alone.
         options: for `load_lora_weights`, when a file is loaded.
 
-    Adapters from files are loaded once and stay loaded, inactive, while they are among the last few.
+    Files are loaded into adapters that `pipe.get_list_adapters()` names after them. Those of an earlier call that are not
+    wanted any more are deleted; adapters that were loaded under a name of their own stay loaded, inactive.
 
     Raises:
         TypeError: `pipe` cannot load LoRAs, or a strength is no number.
-        ValueError: a key is neither a loaded adapter nor a file, or a strength is not finite.
-        Whatever diffusers raises for a file that is none or does not fit. The active adapters are then as before.
+        ValueError: a key is neither a loaded adapter nor a file, a file is none or does not fit, a strength is not
+            finite, or adapters are fused into the weights.
+        After an error, also after Ctrl-C, everything that was loaded and active is as before.
     """
     if not callable(getattr(pipe, "load_lora_weights", None)) or not callable(getattr(pipe, "set_adapters", None)):
         raise TypeError(f"`pipe` must be a diffusers pipeline that can load LoRAs, got {type(pipe).__name__}.")
     if not isinstance(adapters, Mapping):
         raise TypeError(f"`adapters` must map names or files to strengths, got {type(adapters).__name__}.")
     strengths = [_checked(adapter, strength) for adapter, strength in adapters.items()]
-    before = _loaded(pipe)
-    active = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in _layers(pipe)]
-    names: list[str] = []
-    try:
-        for adapter in adapters:
-            names.append(_load(pipe, adapter, options))
-        if len(set(names)) < len(names):
-            raise ValueError(f"`adapters` names the same adapter twice: {', '.join(map(str, adapters))}.")
-        if names:
-            pipe.set_adapters(names, strengths)
-        else:
-            for layer in _layers(pipe):
-                layer.set_adapter([])
-    except BaseException:
-        _take_back(pipe, before, active)
-        raise
-    if names:
-        pipe.enable_lora()
-    _forget(pipe, names)
+    loaded = _loaded(pipe)
+    names = [_name_of(adapter, loaded, options) for adapter in adapters]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`adapters` names the same adapter twice: {', '.join(map(str, adapters))}.")
+    if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
+        raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
+    parts = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
+    with _without_collection():
+        before = Undo(pipe, parts, _overwritten(pipe, parts))
+        try:
+            pairs = zip(adapters, names, strict=True)
+            _load(pipe, [(adapter, name) for adapter, name in pairs if name not in loaded], options)
+            _activate(pipe, names, strengths)
+            if unwanted := [name for name in loaded if _NAME_OF_FILE.fullmatch(name) and name not in names]:
+                pipe.delete_adapters(unwanted)
+        except BaseException:
+            before.undo()
+            raise
 
 
 def _checked(adapter: Any, strength: Any) -> Any:
@@ -77,36 +84,69 @@ def _checked(adapter: Any, strength: Any) -> Any:
     return float(strength)
 
 
-def _loaded(pipe: Any) -> set[str]:
-    return {name for names in pipe.get_list_adapters().values() for name in names}
+def _loaded(pipe: Any) -> list[str]:
+    return list(dict.fromkeys(name for names in pipe.get_list_adapters().values() for name in names))
 
 
-def _load(pipe: Any, adapter: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
-    """The adapter's name, after loading it if it is not there yet."""
-    loaded = _loaded(pipe)
+def _name_of(adapter: str | os.PathLike[str], loaded: list[str], options: Mapping[str, Any]) -> str:
+    """The name of a loaded adapter; for a file one that says what is in it now: another if somebody writes it anew."""
     if adapter in loaded:
         return str(adapter)
     path = Path(adapter).expanduser()
     if not path.exists() and (isinstance(adapter, os.PathLike) or str(adapter).count("/") != 1 or path.suffix):
-        known = ", ".join(sorted(loaded)) or "none"
-        raise ValueError(f"`{adapter}` is neither a file nor a loaded adapter; loaded are: {known}.")
-    name = _name_of(path, options)
-    if name not in loaded:
-        if path.is_file():
-            pipe.load_lora_weights(str(path.parent), **{"weight_name": path.name, **options}, adapter_name=name)
-        else:
-            pipe.load_lora_weights(str(path if path.exists() else adapter), **options, adapter_name=name)
-    return name
-
-
-def _name_of(path: Path, options: Mapping[str, Any]) -> str:
-    """A name for the adapter in a file as it is now: another one if somebody writes the file anew."""
+        raise ValueError(
+            f"`{adapter}` is neither a file nor a loaded adapter; loaded are: {', '.join(sorted(loaded)) or 'none'}."
+        )
     facts: list[Any] = [str(path.resolve()), sorted((key, repr(value)) for key, value in options.items())]
-    if path.is_file():
-        state = path.stat()
-        facts += [state.st_mtime_ns, state.st_size]
+    folder = path / str(options.get("subfolder") or "")
+    files = [path] if path.is_file() else sorted(f for f in folder.glob("*") if f.suffix in _KINDS_OF_FILES)
+    facts += [(file.name, state.st_mtime_ns, state.st_size) for file in files if (state := file.stat())]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    return f"{PREFIX}{re.sub(r'[^0-9a-zA-Z]+', '_', path.stem)}_{digest}"  # a module's name has no dots
+    return f"file_{re.sub(r'[^0-9a-zA-Z]+', '_', path.stem)}_{digest}"  # a module's name has no dots
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Some ten thousand new objects would have Python look through all objects there are, for longer than all the rest."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _overwritten(pipe: Any, parts: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """What loading writes to in place: norms, of which a file for FLUX may have new values."""
+    keys = getattr(pipe, "_control_lora_supported_norm_keys", ())
+    return [p for part in parts for name, p in part.named_parameters() if any(key in name for key in keys)]
+
+
+def _load(pipe: Any, adapters: list[tuple[str | os.PathLike[str], str]], options: Mapping[str, Any]) -> None:
+    if not adapters:
+        return
+    from sfast.inject import quick_loading  # needs peft
+
+    with quick_loading([part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]):
+        for adapter, name in adapters:
+            try:
+                pipe.load_lora_weights(**{**_source(adapter), **options, "adapter_name": name})
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(f"`{adapter}` cannot be loaded, nothing has changed: {reason(error)}") from error
+            if name not in _loaded(pipe):
+                raise ValueError(f"`{adapter}` has nothing for any part of this {type(pipe).__name__}.")
+
+
+def _source(adapter: str | os.PathLike[str]) -> dict[str, str]:
+    """Where diffusers finds it."""
+    path = Path(adapter).expanduser()
+    name = "pretrained_model_name_or_path_or_dict"
+    if path.is_file():
+        return {name: str(path.parent), "weight_name": path.name}
+    return {name: str(path if path.exists() else adapter)}
 
 
 def _layers(pipe: Any) -> list[Any]:
@@ -115,24 +155,15 @@ def _layers(pipe: Any) -> list[Any]:
     return [layer for part in parts for layer in part.modules() if is_adapted(layer)]
 
 
-def _take_back(pipe: Any, before: set[str], active: list[tuple[Any, Any, dict[str, Any]]]) -> None:
-    """Everything is as it was: what was loaded, active, and how strong."""
-    if new := sorted(_loaded(pipe) - before):
-        pipe.delete_adapters(new)
-    for layer, names, scaling in active:
-        layer.set_adapter(names)
-        layer.scaling.update(scaling)
-
-
-def _forget(pipe: Any, names: list[str]) -> None:
-    """Delete adapters from files that were not used lately."""
-    uses = pipe.__dict__.setdefault("_sfast_lora_uses", [])
-    loaded = _loaded(pipe)
-    uses[:] = [name for name in uses if name in loaded and name not in names]
-    uses += [name for name in names if name.startswith(PREFIX)]
-    unused = [name for name in uses if name not in names]
-    if old := unused[: max(len(unused) - KEPT, 0)]:
-        pipe.delete_adapters(old)
+def _activate(pipe: Any, names: list[str], strengths: list[Any]) -> None:
+    layers = _layers(pipe)
+    if names:
+        pipe.set_adapters(names, strengths)
+        if any([layer.disable_adapters for layer in layers]):
+            pipe.enable_lora()
+    else:
+        for layer in layers:
+            layer.set_adapter([])
 
 
 def take_scale(forward: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], float]:
