@@ -577,7 +577,8 @@ def test_on_a_gpu_an_assembler_that_fails(tmp_path: Path) -> None:
     broken.chmod(0o755)
     folders = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "SFAST_CACHE_DIR": str(tmp_path / "sfast")}
     lines = lines_of(start(TRITON_PTXAS_PATH=str(broken), SFAST_DISABLE_NATIVE="1", **folders))
-    assert lines and all(line.startswith("kernel ") and "runs as plain PyTorch" in line for line in lines), lines
+    ours = [line for line in lines if "runs as plain PyTorch" in line]  # beside what Triton prints of the assembler
+    assert ours and all(line.startswith("kernel ") for line in ours), lines
 
 
 # Interruptions.
