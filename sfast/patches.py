@@ -1,47 +1,93 @@
-"""Which functions a trace may have gone through, so that one patched later is noticed.
+"""Which Python a trace may have gone through, so that what is patched or set later is noticed.
 
 A trace bakes in what Python did. People patch Python: another `forward` for a class, another
-`scaled_dot_product_attention`, another rotary embedding in a model's file. So the functions of all classes in a module
-tree are watched, those in the files that define these classes, and those of `torch.nn.functional`.
+`scaled_dot_product_attention`, another rotary embedding in a model's file. And code of their own, an attention processor
+above all, reads numbers and objects from its file or closure. So functions are followed, by the names that they use, from
+the classes of a module tree to everything that they may call outside of torch.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+Getter = Callable[[Any], tuple[Any, ...]]
+
+NUMBERS = (type(None), bool, int, float, complex, str)
 _METHODS = (staticmethod, classmethod, property)
 _NOT_OF_MODELS = (torch.nn.Module, object)  # tracing itself patches the first
+_NAMESPACES = (types.SimpleNamespace,)
+# Their functions are followed, what they keep in their files is their own affair.
+_LIBRARIES = frozenset(("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "sfast", "transformers"))
+_NOT_FOLLOWED = frozenset(("torch", "triton", "torchvision", "xformers", *sys.stdlib_module_names))
 
 
-def namespaces(kinds: Iterable[type]) -> list[Mapping[str, Any]]:
-    """Where the functions of these classes stand, and those that they may call by name."""
-    places: dict[int, Mapping[str, Any]] = {id(vars(torch.nn.functional)): vars(torch.nn.functional)}
-    for base in dict.fromkeys(base for kind in set(kinds) for base in kind.__mro__ if base not in _NOT_OF_MODELS):
-        places[id(base)] = vars(base)
-        file = sys.modules.get(base.__module__)
-        if file is not None and not base.__module__.startswith(("torch.", "builtins", "typing", "collections")):
-            places[id(vars(file))] = vars(file)
-    return list(places.values())
+def is_users(name: str | None) -> bool:
+    """Whether a file is neither a library's nor Python's own, by the name of its module."""
+    root = (name or "builtins").partition(".")[0]
+    return root not in _LIBRARIES and root not in _NOT_FOLLOWED
 
 
-def functions_of(place: Mapping[str, Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """What gets all functions out of a namespace that stand there now."""
-    return _getter(tuple([name for name, value in place.items() if _is_function(value)]))
+def has_state(value: Any) -> bool:
+    """Whether an object is of a class of somebody's own, that may keep anything in its attributes."""
+    return hasattr(value, "__dict__") and (is_users(type(value).__module__) or isinstance(value, _NAMESPACES))
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, _METHODS) or (callable(value) and not isinstance(value, (type, types.GenericAlias)))
+def namespaces(kind: type) -> Iterator[tuple[type, tuple[str, ...]]]:
+    """A class and its bases, each with the names of its functions and numbers."""
+    for base in kind.__mro__:
+        if base not in _NOT_OF_MODELS:
+            yield base, tuple([name for name, value in vars(base).items() if is_code(value)])
 
 
-@cache
-def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    if len(names) < 2:
-        return lambda place: tuple([place[name] for name in names])
-    return operator.itemgetter(*names)
+def functions_of(namespace: Mapping[str, Any]) -> list[Any]:
+    """What may run when a namespace's functions are called."""
+    values = [getattr(value, "__func__", getattr(value, "fget", value)) for value in namespace.values()]
+    return [value for value in values if isinstance(value, types.FunctionType)]
+
+
+def read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function reads by name from its file, and could be exchanged."""
+    place = function.__globals__
+    own = is_users(place.get("__name__"))
+    for name in _names(function.__code__):
+        if name in place and not isinstance(value := place[name], (type, types.ModuleType)) and (own or is_code(value)):
+            yield name, value
+
+
+def is_followed(function: Any) -> bool:
+    """Whether a function's own code is of interest, too."""
+    name = getattr(function, "__module__", None)
+    return isinstance(function, types.FunctionType) and (name or "builtins").partition(".")[0] not in _NOT_FOLLOWED
+
+
+def getter(names: tuple[str, ...]) -> Getter:
+    """What gets the values of these names out of a namespace, as a tuple."""
+    return operator.itemgetter(*names) if len(names) > 1 else lambda place: tuple([place[name] for name in names])
+
+
+def in_cell(cell: types.CellType) -> tuple[Any, ...]:
+    """What a closure keeps under one name."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return (None,)
+
+
+def is_code(value: Any) -> bool:
+    """Whether a value is a function, or a number that one may decide by."""
+    if isinstance(value, (*NUMBERS, *_METHODS)):
+        return True
+    return callable(value) and not isinstance(value, (type, types.GenericAlias))
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))

@@ -9,6 +9,7 @@ A number or flag that Python reads from a module (FreeU's factors, the scale of 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import operator
 import threading
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sfast.adapters import Adapters, CannotMerge
 from sfast.tree import exchanged, is_foreign, read
 
+CHANGES_ITSELF = "it changes its own attributes at every call"
 MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
 MAX_ATTRIBUTES = 64  # settings of a module's attributes that are told apart; older ones are traced again
 
@@ -41,6 +43,7 @@ class ModuleState:
         self.picture = 0
         self._cannot_merge: str | None = None
         self._unrest = 0  # how often the forward itself made a new version
+        self._restless: Hashable = None  # the code that changes what it reads at every call
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
         self._numbers: dict[Hashable, int] = {}  # short names for settings of all other attributes
         self._next_number = itertools.count()
@@ -105,15 +108,18 @@ class ModuleState:
             self._own |= own
             self._number_attributes(number)
 
-    def keep(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def keep(self) -> list[tuple[Any, Any]]:
         """The attributes of all modules as they are, for `put_back` after their forward was run on trial."""
         places = [p for m in self._tree.modules for p in (m.__dict__, m._parameters, m._buffers)]
-        return [(place, dict(place)) for place in places]
+        return [(place, copy.copy(place)) for place in (*places, *self._tree.places)]
 
-    def put_back(self, kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Undo what was assigned to attributes since `keep`."""
+    def put_back(self, kept: list[tuple[Any, Any]]) -> None:
+        """Undo what was assigned to attributes, or put into lists and dictionaries, since `keep`."""
         for place, before in kept:
-            if len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
+            if isinstance(place, list):
+                if len(place) != len(before) or any(map(operator.is_not, place, before)):
+                    place[:] = before
+            elif len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
                 place.clear()
                 place.update(before)
         self.refresh()
@@ -124,7 +130,10 @@ class ModuleState:
             return False
         before = self._tree
         self.refresh_after_eager()
-        return not self._own.isdisjoint(exchanged(before, self._tree))
+        if self._own.isdisjoint(exchanged(before, self._tree)):
+            return False
+        self._restless = self._layout_of_code()
+        return True
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes."""
@@ -153,6 +162,8 @@ class ModuleState:
             return "the module is in training mode; call .eval() first"
         if self._unrest > MAX_UNREST:
             return "its forward exchanges its own tensors or submodules again and again"
+        if self._restless is not None and self._restless == self._layout_of_code():
+            return CHANGES_ITSELF
         if self.device.type == "meta":
             return "its weights are on the meta device"
         return None
@@ -188,13 +199,11 @@ class ModuleState:
         """Everything about the tree that a trace bakes in; equal before and after a mere exchange of values."""
         order = {id(tensor): i for i, tensor in enumerate(self.own)}
         weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in self._tree.weights])
-        return (
-            weights,
-            tuple(map(id, self._tree.modules)),
-            tuple(self._tree.types),
-            tuple(map(id, self._tree.processors)),
-            tuple(self._tree.code),
-        )
+        return weights, *self._layout_of_code()
+
+    def _layout_of_code(self) -> tuple[Hashable, ...]:
+        tree = self._tree
+        return tuple(map(id, tree.modules)), tuple(tree.types), tuple(map(id, tree.processors)), tuple(tree.code)
 
 
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)

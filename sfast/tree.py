@@ -7,12 +7,15 @@ in all of them is then told in less than a millisecond.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+import types
 from collections.abc import Hashable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -30,8 +33,7 @@ class Tree:
     modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those that may differ in training
     live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
     contents: list[Any] = dataclasses.field(default_factory=list)  # what stood in them, one after the other
-    # of modules' own attributes, and of functions
-    getters: list[tuple[Any, Mapping[str, Any]]] = dataclasses.field(default_factory=list)
+    getters: list[tuple[patches.Getter, Any]] = dataclasses.field(default_factory=list)  # of attributes, and of code
     got: list[Any] = dataclasses.field(default_factory=list)  # what they got
     sizes: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # of attributes, and classes
     length: int = 0  # of all of those together
@@ -42,6 +44,9 @@ class Tree:
     wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
     adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
     code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
+    seen: set[Any] = dataclasses.field(default_factory=set)  # objects, functions and classes that have been read
+    unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
+    places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
 
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
@@ -75,15 +80,64 @@ class Tree:
             self.got += get(place)
 
     def watch_code(self) -> None:
-        """Notice from now on functions of the modules' classes and files that are patched."""
-        for place in patches.namespaces([*self.types, *map(type, self.processors)]):
-            get = patches.functions_of(place)
-            self.getters.append((get, place))
-            self.code += get(place)
-            if not isinstance(place, dict):  # a class: a method that it inherited so far may get another one before it
-                self.sizes.append(place)
+        """Notice from now on functions that are patched, and what users' functions read."""
+        self._watch_names(vars(F), [name for name, value in vars(F).items() if callable(value)])
+        self.unread += [*self.types, *map(type, self.processors)]
+        names: dict[int, tuple[Mapping[str, Any], dict[str, None]]] = {}
+        while self.unread:
+            code = self.unread.pop()
+            code = getattr(code, "__func__", code)
+            if code in self.seen:
+                continue
+            self.seen.add(code)
+            if isinstance(code, type):
+                self._watch_class(code)
+            elif patches.is_followed(code):
+                place = code.__globals__
+                used = names.setdefault(id(place), (place, {}))[1]
+                for name, value in patches.read_by(code):
+                    used[name] = None
+                    self._read_code(f"{place['__name__']}.{name}", value)
+                if patches.is_users(code.__module__):
+                    self._watch_closure(code)
+                self.unread += [code.__wrapped__] if hasattr(code, "__wrapped__") else []
+        for place, used in names.values():
+            self._watch_names(place, list(used))
+
+    def _watch_names(self, place: Mapping[str, Any], names: list[str]) -> None:
+        get = patches.getter(tuple(names))
+        self.getters.append((get, place))
+        self.got += get(place)
+        self.code += [(type(value), value) for value in get(place) if patches.is_code(value)]
+
+    def _watch_class(self, kind: type) -> None:
+        for base, names in patches.namespaces(kind):
+            if base is kind or base not in self.seen:
+                self.seen.add(base)
+                place = vars(base)
+                self._watch_names(place, list(names))
+                self.sizes.append(place)  # a method that it inherited so far may get another one before it
                 self.length += len(place)
-        self.got += self.code
+                self.unread += patches.functions_of(place)
+                if patches.is_users(base.__module__):
+                    for name, value in place.items():
+                        if isinstance(value, (list, dict, torch.Tensor)) or patches.has_state(value):
+                            _read_attribute(self, f"{base.__qualname__}.{name}", value)
+
+    def _watch_closure(self, function: Any) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self.getters.append((patches.in_cell, cell))
+            self.got += patches.in_cell(cell)
+            for value in patches.in_cell(cell):
+                self._read_code(f"{function.__qualname__}.{name}", value)
+
+    def _read_code(self, path: str, value: Any) -> None:
+        if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+            return
+        if isinstance(value, types.FunctionType):
+            self.unread.append(value)
+        else:
+            _read_attribute(self, path, value)
 
 
 # What computes something else in training. Others may be in training mode without consequence: diffusers leaves the layers
@@ -121,7 +175,6 @@ def exchanged(before: Tree, after: Tree) -> set[str]:
 def read(root: torch.nn.Module) -> Tree:
     tree = Tree()
     tree.attributes["training"] = bool, root.training
-    opened: set[int] = set()
     for path, module in _modules(root, tree):
         tree.modules.append(module)
         tree.types.append(type(module))
@@ -141,8 +194,8 @@ def read(root: torch.nn.Module) -> Tree:
                 continue
             if name == "processor":
                 tree.processors.append(value)
-            if name in ("processor", "config") and hasattr(value, "__dict__") and id(value) not in opened:
-                opened.add(id(value))
+            if name in ("processor", "config") and hasattr(value, "__dict__") and id(value) not in tree.seen:
+                tree.seen.add(id(value))
                 value = vars(value)
             _read_attribute(tree, f"{path}.{name}", value)
         if module is not root:
@@ -200,16 +253,28 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
         tree.weights.append((path, value))
     elif isinstance(value, PLAIN):
         tree.attributes[path] = type(value), value  # 1, 1.0 and True are equal in Python
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            tree.unread.append(value)
+            _read_attribute(tree, f"{path}.self", getattr(value, "__self__", None), depth)
     elif isinstance(value, torch.nn.Module):
-        tree.modules.append(value)  # one that is not registered
+        if value not in tree.modules:  # one that is not registered
+            tree.modules.append(value)
+            tree.types.append(type(value))
+    elif isinstance(value, functools.partial):
+        _read_attribute(tree, path, (value.func, value.args, value.keywords), depth)
     elif depth and isinstance(value, (list, tuple, dict)):
         tree.attributes[path] = type(value), len(value)
         if not isinstance(value, tuple):
             tree.watch(value.values() if isinstance(value, dict) else value)
+            tree.places.append(value)
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
     else:
         tree.attributes[path] = (type(value),)
+        if depth and id(value) not in tree.seen and patches.has_state(value):
+            tree.seen.add(id(value))
+            tree.unread.append(type(value))
+            _read_attribute(tree, path, vars(value), depth)
 
 
 def is_foreign(hook: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 import sfast
-from sfast.patches import namespaces
-from tests.twins import Twin, relative_error
+from sfast.tree import read
+from tests.twins import TOLERANCE, Twin, relative_error
 
 
 def shift(x: Tensor) -> Tensor:
@@ -92,6 +94,116 @@ def test_patched_attention_of_a_pipeline(said: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_tracing_itself_patches_is_left_out() -> None:
-    places = namespaces([Derived, nn.Linear])
-    assert vars(nn.Module) not in places and vars(Base) in places and vars(F) in places
-    assert len(places) == 5  # three classes, this file, and torch.nn.functional
+    tree = read(Derived())
+    watched = [place for _, place in tree.getters]
+    assert all(any(place == vars(kind) for place in watched) for kind in (Base, Derived, nn.Linear))
+    assert not any(place == vars(nn.Module) for place in watched)
+    assert tree.same()
+
+
+# What code of a user's own reads from elsewhere.
+
+FACTOR = 2.0
+UNRELATED = 1
+
+
+class Controller:
+    """As in prompt-to-prompt: many processors share one, and somebody turns its knobs."""
+
+    def __init__(self) -> None:
+        self.factor, self.deep, self.steps = 2.0, {"factors": [2.0]}, 0
+        self.seen: list[Tensor] = []
+
+
+class Processor:
+    of_class = 2.0
+
+    def __init__(self, factor: Any) -> None:
+        self.factor = factor
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return AttnProcessor()(attn, hidden_states, *args, **kwargs) * self.factor(self)
+
+
+def of_file(_: Any) -> float:
+    return FACTOR
+
+
+def through_a_function(_: Any) -> float:
+    return 1.0 * of_file(_)
+
+
+def of_closure(controller: Controller) -> Any:
+    return lambda _: controller.factor
+
+
+def of_partial(controller: Controller) -> Any:
+    return functools.partial(lambda controller, _: controller.deep["factors"][0], controller)
+
+
+class Method:
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    def factor(self, _: Any) -> float:
+        return self.controller.factor
+
+
+def set_factor(monkeypatch: pytest.MonkeyPatch, controller: Controller, value: float) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
+    monkeypatch.setattr(Processor, "of_class", value)
+    controller.factor = value
+    controller.deep["factors"][0] = value
+
+
+READERS = {
+    "file": lambda controller: of_file,
+    "function": lambda controller: through_a_function,
+    "closure": of_closure,
+    "partial": of_partial,
+    "method": lambda controller: Method(controller).factor,
+    "class": lambda controller: lambda processor: processor.of_class,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_number_that_a_processor_reads(reader: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Attention(8, heads=2, dim_head=4).eval().requires_grad_(False)
+    controller, x = Controller(), torch.randn(1, 5, 8)
+    layer.set_processor(Processor(READERS[reader](controller)))
+    sfast.compile(layer)
+    seen = []
+    for value in (2.0, 3.0, 3.0, 2.0):
+        set_factor(monkeypatch, controller, value)
+        monkeypatch.setattr(sys.modules[__name__], "UNRELATED", value)
+        for _ in range(2):
+            seen.append(layer(x))
+            torch.testing.assert_close(seen[-1], type(layer).forward(layer, x))
+    assert relative_error(seen[2], seen[0]) == pytest.approx(0.5, abs=1e-3)
+    assert sfast.report(layer).traces in (2, 3)  # what was known is asked again, where the code is the same
+
+
+class Stores(Processor):
+    """As attention maps are collected: every call leaves something behind, and depends on what is there."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = AttnProcessor()(attn, hidden_states, *args, **kwargs)
+        self.factor.seen.append(result.clone())
+        self.factor.steps += 1
+        return result * (1 + self.factor.steps / 10)
+
+
+def test_a_processor_that_keeps_what_it_sees_runs_eager_with_one_line(said: Any) -> None:
+    twin = Twin()
+    plain = twin.draws_as()
+    ours, theirs = Controller(), Controller()
+    twin.pipe.unet.set_attn_processor(Stores(ours))
+    eager = twin.fresh(lambda pipe: pipe.unet.set_attn_processor(Stores(theirs)))
+    for _ in range(2):
+        assert relative_error(twin.draw(twin.pipe), twin.draw(eager)) <= TOLERANCE
+        assert ours.steps == theirs.steps and len(ours.seen) == len(theirs.seen) > 0
+        assert all(relative_error(a, b) <= TOLERANCE for a, b in zip(ours.seen, theirs.seen, strict=True))
+    assert said() == ["unet: runs eager: it changes its own attributes at every call"]
+    twin.pipe.unet.set_attn_processor(AttnProcessor())
+    assert not twin.differ(twin.draws_as(), plain)
+    assert twin.traces() == {"text_encoder": 1, "unet": 2}
