@@ -63,7 +63,7 @@ class Rest:
     """
 
     MOVES, CALLS = 2, 32
-    WHY = f"its weights are moved again and again (offloaded, upcast?): a CUDA graph is captured where they stay for {CALLS} calls"
+    WHY = f"its weights are moved again and again (offloaded, upcast?): captured only where they stay for {CALLS} calls"
 
     def __init__(self) -> None:
         self._places: list[int] = []

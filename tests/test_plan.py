@@ -126,7 +126,7 @@ def test_weights_that_move_at_every_picture_are_not_captured_at_every_picture(sa
     assert component.counts() == (1, 1)
     assert picture() == 0
     lines = said()
-    assert len(lines) == 1 and lines[0].startswith("Scaled: its weights are moved again and again (offloaded?)")
+    assert len(lines) == 1 and lines[0].startswith("Scaled: its weights are moved again and again (offloaded, upcast?)")
 
 
 def test_a_few_weights_may_move_as_they_like() -> None:
