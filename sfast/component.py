@@ -20,6 +20,7 @@ from sfast import fallback, launch, native, verify
 from sfast.config import CompilationConfig
 from sfast.containers import ChangesContainers, repeat
 from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
+from sfast.decisions import DecidesByValue, Decisions
 from sfast.fusions import chosen_fusions
 from sfast.instead import StandIn, go_into_copies, stay_out_of_copies
 from sfast.kernels import nearby
@@ -29,7 +30,7 @@ from sfast.placement import Placement
 from sfast.plan import Ahead, EagerCall, Plan, RandomOffset, Rest
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten
-from sfast.trace import DecidesByValue, Trace, is_tracing, trace
+from sfast.trace import Trace, is_tracing, trace
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class Component(StandIn):
         self._traced = 0  # how often, over the whole life
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
+        self._decisions = Decisions()
         self._placement = Placement()
         self.rest = Rest()
         self.lock = threading.RLock()
@@ -157,15 +159,21 @@ class Component(StandIn):
             with self.lock, fallback.timed(f"{self.name}: merging adapters"):
                 self.state.merge_adapters()
 
-    def _look_at(self, call: Hashable, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Hashable, Hashable]:
+    def _look_at(
+        self, call: Hashable, tensors: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], tuple[Hashable, ...], Hashable]:
         """The tensors where the module is, the call's signature, and the shapes."""
         device = self.state.device
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
             tensors = [tensor if tensor.is_cuda else _over(tensor, device) for tensor in tensors]
         kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
-        signature = (call, kinds, self.state.key(), _autocast(device.type))
+        signature = self._decided((call, kinds, self.state.key(), _autocast(device.type)), tensors)
         return tensors, signature, tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+
+    def _decided(self, signature: tuple[Hashable, ...], tensors: list[torch.Tensor]) -> tuple[Hashable, ...]:
+        """The signature with what Python will decide by the values of tensors, as far as that is known."""
+        return (*signature[:4], self._decisions.taken(signature[:4], self.state.weights, tensors))
 
     def _run_ahead(self, call: Hashable, tensors: list[torch.Tensor]) -> Ahead | None:
         """Launch what this call replayed before, so that the GPU works while we look whether it is still right."""
@@ -188,11 +196,18 @@ class Component(StandIn):
             launch.drop(plan)
         self._plans.clear()
         self._traces.clear()
+        self._decisions.forget()
 
     # --------------------------------------------------------------------------------------------- the first time at all
 
     def _prepare(
-        self, signature: Hashable, shapes: Hashable, call: Hashable, tensors: list[torch.Tensor], args: Any, kwargs: Any
+        self,
+        signature: tuple[Hashable, ...],
+        shapes: Hashable,
+        call: Hashable,
+        tensors: list[torch.Tensor],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         """Find or make a trace for this call, check it against eager, and return the call's result."""
         if self.config.memory_format is torch.channels_last and self.state.device.type == "cuda":
@@ -222,6 +237,9 @@ class Component(StandIn):
                     return self._give_up(
                         signature, None, "it changes its own attributes at every call", check, args, kwargs
                     )
+                if isinstance(traced, Trace) and traced.guard is not None:
+                    self._decisions.learn(signature, traced.guard)
+                    signature = self._decided(signature, tensors)
                 self.bring_together(traced)
                 plan = Plan(traced, pool=pool, patience=patience)
                 plan.watch = Watch() if self._hoists and len(tensors) > 1 else None
@@ -232,6 +250,7 @@ class Component(StandIn):
                     outputs = launch.run(self, plan, tensors)
                 error = check.error(traced, outputs) if check is not None else None
             except (DecidesByValue, ChangesContainers) as exception:  # so it does at every shape
+                signature = self._decided(signature, tensors)
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
                 fallback.let_through(exception)

@@ -23,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
 from sfast.containers import Changes, Contents
+from sfast.decisions import DecidesByValue, Guard, depends_on_values, question, read_by_python
 from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.structure import flatten, unflatten
+from sfast.writes import written_values
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
@@ -43,6 +45,7 @@ class Trace:
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
     changes: Changes = ()  # what the call takes out of its arguments' containers
     hoisted: Split | None = None  # the two parts that have proved right, to begin with at the next shape
+    guard: Guard | None = None  # computes by what values Python took its way through the module
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
@@ -141,7 +144,7 @@ def trace(
         merge: whether to merge linear layers that read the same tensor.
 
     Raises:
-        DecidesByValue: the module reads a tensor's value in Python.
+        DecidesByValue: the module reads a value in Python that is random, or that it has computed itself.
         ChangesContainers: it puts something into a container among its arguments.
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
@@ -158,23 +161,65 @@ def trace(
         changes.append(before.changes())
         if not results:
             raise ValueError("the module returns no tensor")
+        results += repairs.asked
         contiguous.extend(result.is_contiguous() for result in results)
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
+    repairs = _Repairs()
     with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
-        with _Repairs():
+        with repairs:
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
+        guard = _part_guard(graph, repairs, len(weights)) if repairs.asked else None
         fired = rewrite.rewrite(graph, fusions)
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         function = _callable(graph.copy())
-    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0])
+    del contiguous[len(contiguous) - len(repairs.asked) :]
+    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0], guard=guard)
 
 
-class DecidesByValue(RuntimeError):
-    """The module takes a Python decision from the values of a tensor, which no trace can repeat."""
+def _part_guard(graph: Any, repairs: _Repairs, count: int) -> Guard:
+    """Take the last results of a graph, which are what Python asked for, out of it into a function of their own."""
+    torch._C._jit_pass_inline(graph)
+    torch._C._jit_pass_lower_all_tuples(graph)
+    asked = graph.copy()
+    own = len(list(graph.outputs())) - len(repairs.asked)
+    for place in reversed(range(own)):
+        asked.eraseOutput(place)
+    for _ in repairs.asked:
+        graph.eraseOutput(own)
+    _keep_only_results(asked)
+    torch._C._jit_pass_erase_shape_information(asked)
+    torch._C._jit_pass_cse(asked)
+    asked = torch._C._jit_pass_canonicalize(asked)
+    text = str(asked)
+    read = [i for i, value in enumerate(asked.inputs()) if value.uses()]
+    weights = rewrite.drop_unused_inputs(asked, count)
+    function = _callable(asked)
+
+    def compute(own: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return _interpret(function, [*[own[i] for i in weights], *tensors])
+
+    numbers = any(tensor.is_floating_point() for tensor in repairs.asked)
+    return Guard(compute, weights, [i - count for i in read if i >= count], text, repairs.where, numbers)
+
+
+def _keep_only_results(graph: Any) -> None:
+    """Remove what the results do not need, also where it writes to tensors that they have no part in."""
+    torch._C._jit_pass_dce(graph)
+    needed: set[int] = set()
+    pending = list(graph.outputs())
+    while pending:
+        value = pending.pop()
+        if value.unique() not in needed:
+            needed.add(value.unique())
+            pending += value.node().inputs()
+    if needed.isdisjoint(written_values(graph)):
+        for node in reversed(list(graph.nodes())):
+            if needed.isdisjoint([value.unique() for value in node.outputs()]):
+                node.destroy()
 
 
 class _Repairs(TorchFunctionMode):
@@ -187,36 +232,16 @@ class _Repairs(TorchFunctionMode):
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
       which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
     - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
-    - A tensor's *value* that becomes a Python number refuses the trace: the next call may decide otherwise.
+    - A tensor's *value* that becomes a Python number is asked for again before every later call: see `decisions.py`.
     """
-
-    _CONVERSIONS = frozenset(
-        (
-            torch.Tensor.__bool__,
-            torch.Tensor.__int__,
-            torch.Tensor.__float__,
-            torch.Tensor.__index__,
-            torch.Tensor.__complex__,
-            torch.Tensor.item,
-            torch.Tensor.tolist,
-            torch.Tensor.numpy,
-            torch.Tensor.__array__,
-            torch.Tensor.__dlpack__,
-            torch.Tensor.__contains__,
-            torch.Tensor.equal,
-            torch.Tensor.allclose,
-            torch.Tensor.is_nonzero,
-            torch.equal,
-            torch.allclose,
-            torch.is_nonzero,
-        )
-    )
 
     def __init__(self) -> None:
         super().__init__()
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
-        self._harmless: set[tuple[int, bool]] = set()  # what `_depends_on_values` has been through already
+        self._harmless: set[tuple[int, bool]] = set()  # what `depends_on_values` has been through already
+        self.asked: list[torch.Tensor] = []  # the values that Python has decided by
+        self.where = ""  # the model's line that did so first
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
@@ -227,10 +252,14 @@ class _Repairs(TorchFunctionMode):
             args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
             names = ("value", "fill_value", "other")
             kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
-        read = args if func in self._CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
-        values = [torch._C._get_value_trace(arg) for arg in read if isinstance(arg, torch.Tensor)]
-        if any(_depends_on_values(value, self._harmless) for value in values):
-            raise DecidesByValue(f"it decides in Python by the value of a tensor, {_where()}")
+        if read := read_by_python(func, args):
+            why = [depends_on_values(torch._C._get_value_trace(tensor), self._harmless) for tensor in read]
+            if any(why):
+                reason = next(filter(None, why))
+                raise DecidesByValue(f"it decides in Python by the value of a tensor, {reason}: {_where()}")
+            if "" in why:
+                self.asked += question(func, args, kwargs or {}, read)
+                self.where = self.where or _where()
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> _Repairs:
@@ -286,63 +315,6 @@ _TAKE_A_NUMBER = frozenset(
         *(torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.__eq__, torch.Tensor.__ne__),
     )
 )
-
-_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
-
-
-def _listed(data: Any = None) -> list[Any]:
-    """The elements of nested lists: `torch.tensor([x.sum(), 1])` reads them."""
-    return [item for part in data for item in _listed(part)] if isinstance(data, (list, tuple)) else [data]
-
-
-_SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
-_SIZED_BY_VALUE = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount", "repeat_interleave", "arange"),
-        *("unique", "unique_dim", "_unique", "_unique2", "unique_consecutive"),
-    )
-)
-
-
-def _depends_on_values(value: Any, harmless: set[tuple[int, bool]]) -> bool:
-    """Whether a traced value is computed from the contents of an input or from random numbers, and not from sizes alone.
-
-    Values that are not are remembered in `harmless`, so that all questions about a graph go through it once.
-    """
-    seen: set[tuple[int, bool]] = set()
-    pending = [(value, False)]
-    while pending:
-        value, for_size = pending.pop()
-        key = (value.unique(), for_size)
-        if key in seen or key in harmless:
-            continue
-        seen.add(key)
-        node = value.node()
-        kind = node.kind()
-        if kind == "prim::Constant":
-            continue
-        if not for_size and (kind == "prim::Param" or (node.isNondeterministic() and kind != "aten::dropout")):
-            return True
-        for_size = kind in _SHAPE_READERS or (for_size and not _is_sized_by_value(node))
-        # Not `node.inputs()`: the end of such an iterator is a C++ exception, and costs more than all the rest here.
-        pending += [(node.inputsAt(i), for_size) for i in range(node.inputsSize())]
-    harmless |= seen
-    return False
-
-
-def _is_sized_by_value(node: Any) -> bool:
-    """Whether the size of an operator's result depends on what is in its inputs: of `nonzero`, or of `x[mask]`."""
-    if node.kind() == "aten::where":
-        return bool(node.inputsSize() == 1)
-    if node.kind() == "aten::repeat_interleave" and str(node.inputsAt(1).type()) == "int":
-        # With four inputs as many repeats of each; with two the repeats, and the size of the result.
-        return bool(node.inputsSize() < 4)
-    if node.kind() != "aten::index":
-        return node.kind() in _SIZED_BY_VALUE
-    indices = node.inputsAt(1).node()
-    kinds = [value.type() for value in indices.inputs() if value.type().kind() == "TensorType"]
-    return any(kind.dtype() in (torch.bool, torch.uint8) for kind in kinds)
 
 
 def _where() -> str:

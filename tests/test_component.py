@@ -440,7 +440,7 @@ class Odd(nn.Module):
     def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Any:
         y = x * self.weight
         if self.what == "value":
-            return y + 1 if x.sum() > 0 else y - 1
+            return y + 1 if (x @ self.weight).sum() > 0 else y - 1
         if self.what == "counter":
             self.calls += 1
             return y * self.calls
@@ -453,9 +453,9 @@ class Odd(nn.Module):
         if self.what == "torch random":
             return y + 1 if torch.rand(()) < 2 else y
         if self.what == "mask":
-            return y * int(y[y > 0].shape[0])
+            return y * int(y[y * (x @ self.weight) > 0].shape[0])
         if self.what == "listed":
-            return y + torch.tensor([y.sum(), 1.0, 2.0])
+            return y + torch.tensor([x @ self.weight, 1.0, 2.0])
         if self.what == "list":
             assert cache is not None
             cache.append(y)
@@ -474,10 +474,19 @@ class Odd(nn.Module):
         ("counter", "it changes its own attributes at every call"),
         ("kept result", "it changes its own attributes at every call"),
         ("random", "it draws random numbers in Python"),
-        ("torch random", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
-        ("mask", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
-        ("listed", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
-        ("value", r"it decides in Python by the value of a tensor, test_component\.py:\d+"),
+        ("torch random", r"it decides in Python by the value of a tensor, which is random: test_component\.py:\d+"),
+        (
+            "mask",
+            r"it decides in Python by the value of a tensor, which it has computed itself: test_component\.py:\d+",
+        ),
+        (
+            "listed",
+            r"it decides in Python by the value of a tensor, which it has computed itself: test_component\.py:\d+",
+        ),
+        (
+            "value",
+            r"it decides in Python by the value of a tensor, which it has computed itself: test_component\.py:\d+",
+        ),
         ("list", "it changes the containers it is called with"),
         ("argument", "it writes to its arguments or weights"),
         ("generator", "its result cannot be rebuilt: a value of type torch._C.Generator cannot be traced"),

@@ -1,0 +1,204 @@
+"""Ways that Python takes through a model by what is *in* a tensor: part of the key, and not of the trace alone.
+
+`if mask.all()`, `lengths.tolist()`: a trace bakes in what was decided. Which values were asked for is traced, too, as
+results beside the model's own, and becomes a small function of its own, the guard. Before each later call it computes the
+values anew, and a call goes to the trace that was made with the same ones. What a guard reads (a prompt's mask) is mostly
+the very same tensor from step to step, and then nothing is computed and no GPU is waited for.
+
+A decision that hangs on the model's own computation, or on random numbers, has no such guard: there is no trace then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+MAX_GUARDS = 4  # of one signature: different questions about values
+MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt, but not for ever
+MAX_NUMBERS = 3  # where they are no integers: times and noise change at every call, a guidance scale does not
+
+
+class DecidesByValue(RuntimeError):
+    """The module takes a Python decision from the values of a tensor, which no trace can repeat."""
+
+
+@dataclasses.dataclass(eq=False)
+class Guard:
+    """Computes what Python asked for while a call was traced."""
+
+    compute: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]]
+    weights: list[int]  # places in the weight list of those it reads
+    tensors: list[int]  # places among the call's tensors of those it reads
+    text: str  # equal texts compute the same
+    where: str  # the model's line that asked first
+    numbers: bool  # whether it asked for numbers with a fraction
+    _last: tuple[list[tuple[weakref.ref[torch.Tensor], int]], Hashable] = dataclasses.field(
+        default_factory=lambda: ([], None)
+    )
+
+    def values(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
+        """The values that decide; None where they cannot be computed, as on another way than the traced one."""
+        read = [tensors[i] for i in self.tensors] + [weights[i] for i in self.weights]
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in read]
+        known, values = self._last
+        if len(known) == len(read) and all(
+            [ref() is t and version == now >= 0 for (ref, version), t, now in zip(known, read, versions, strict=True)]
+        ):
+            return values
+        try:
+            values = tuple([(tuple(t.shape), *t.flatten().tolist()) for t in self.compute(weights, tensors)])
+        except RuntimeError:
+            values = None
+        self._last = [(weakref.ref(t), version) for t, version in zip(read, versions, strict=True)], values
+        return values
+
+
+class Decisions:
+    """What a component knows about the decisions of its module, for each signature."""
+
+    def __init__(self) -> None:
+        self._guards: dict[Hashable, list[Guard]] = {}
+        self._answers: dict[Hashable, set[Hashable]] = {}
+
+    def taken(self, signature: Hashable, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
+        """What Python will decide at a call, as far as it is known what it asks."""
+        guards = self._guards.get(signature) if self._guards else None
+        return tuple([guard.values(weights, tensors) for guard in guards]) if guards else ()
+
+    def learn(self, signature: tuple[Hashable, ...], guard: Guard) -> None:
+        """At a call of `signature`, which ends with all that was `taken`, Python has asked for what `guard` computes.
+
+        Raises:
+            DecidesByValue: it asks for other values again and again.
+        """
+        *key, answers = signature
+        signature = tuple(key)
+        guards = self._guards.setdefault(signature, [])
+        seen = self._answers.setdefault(signature, set())
+        seen.add(answers)
+        if all(known.text != guard.text for known in guards):
+            guards.append(guard)
+        if len(seen) > (MAX_NUMBERS if guard.numbers else MAX_ANSWERS) or len(guards) > MAX_GUARDS:
+            del self._guards[signature]
+            raise DecidesByValue(f"it decides in Python by values that change from call to call, {guard.where}")
+
+    def forget(self) -> None:
+        """The module is another one."""
+        self._guards.clear()
+        self._answers.clear()
+
+
+# ------------------------------------------------------------------------------------------------ noticed while tracing
+
+_AS_BOOL = frozenset((torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero))
+_AS_INT = frozenset((torch.Tensor.__int__, torch.Tensor.__index__))
+_EQUAL = frozenset((torch.Tensor.equal, torch.equal))
+_CLOSE = frozenset((torch.Tensor.allclose, torch.allclose))
+_WHOLE = frozenset(
+    (
+        torch.Tensor.__float__,
+        torch.Tensor.__complex__,
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.__contains__,
+    )
+)
+_CONVERSIONS = _AS_BOOL | _AS_INT | _EQUAL | _CLOSE | _WHOLE
+_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
+
+
+def read_by_python(func: Any, args: Any) -> list[torch.Tensor]:
+    """The tensors whose values a call of `func` gives to Python."""
+    read = args if func in _CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
+    return [arg for arg in read if isinstance(arg, torch.Tensor)]
+
+
+def question(func: Any, args: Any, kwargs: Any, read: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a call of `func` asks for, in as few values as say it: two tensors are equal or not."""
+    if func in _AS_BOOL:
+        return [read[0] != 0]
+    if func in _AS_INT:
+        return [read[0].long()]
+    if func in _EQUAL | _CLOSE and len(read) == 2:
+        if read[0].shape != read[1].shape and func in _EQUAL:
+            return []
+        return [(torch.eq(*read) if func in _EQUAL else torch.isclose(*args, **kwargs)).all()]
+    return [tensor.clone() for tensor in read]  # as it is now: it may be written to
+
+
+def _listed(data: Any = None) -> list[Any]:
+    """The elements of nested lists: `torch.tensor([x.sum(), 1])` reads them."""
+    return [item for part in data for item in _listed(part)] if isinstance(data, (list, tuple)) else [data]
+
+
+_SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
+_SIZED_BY_VALUE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount", "repeat_interleave", "arange"),
+        *("unique", "unique_dim", "_unique", "_unique2", "unique_consecutive"),
+    )
+)
+# What a guard is too dear for.
+_HEAVY = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_convolution", "conv1d", "conv2d", "conv3d"),
+        *("scaled_dot_product_attention", "layer_norm", "group_norm", "rms_norm"),
+    )
+)
+
+
+def depends_on_values(value: Any, harmless: set[tuple[int, bool]]) -> str | None:
+    """Whether a traced value is computed from the contents of an input, and not from sizes alone; "" if so.
+
+    Otherwise None, or, where no guard could compute it, why: it takes random numbers, or much of the model.
+    Values that depend on sizes alone are remembered in `harmless`, so that all questions about a graph go through it once.
+    """
+    seen: set[tuple[int, bool]] = set()
+    pending = [(value, False)]
+    found = False
+    while pending:
+        value, for_size = pending.pop()
+        key = (value.unique(), for_size)
+        if key in seen or key in harmless:
+            continue
+        seen.add(key)
+        node = value.node()
+        kind = node.kind()
+        if kind == "prim::Constant":
+            continue
+        if not for_size:
+            if node.isNondeterministic() and kind != "aten::dropout":
+                return "which is random"
+            if kind in _HEAVY:
+                return "which it has computed itself"
+            found = found or kind == "prim::Param"
+        for_size = kind in _SHAPE_READERS or (for_size and not _is_sized_by_value(node))
+        # Not `node.inputs()`: the end of such an iterator is a C++ exception, and costs more than all the rest here.
+        pending += [(node.inputsAt(i), for_size) for i in range(node.inputsSize())]
+    if found:
+        return ""
+    harmless |= seen
+    return None
+
+
+def _is_sized_by_value(node: Any) -> bool:
+    """Whether the size of an operator's result depends on what is in its inputs: of `nonzero`, or of `x[mask]`."""
+    if node.kind() == "aten::where":
+        return bool(node.inputsSize() == 1)
+    if node.kind() == "aten::repeat_interleave" and str(node.inputsAt(1).type()) == "int":
+        # With four inputs as many repeats of each; with two the repeats, and the size of the result.
+        return bool(node.inputsSize() < 4)
+    if node.kind() != "aten::index":
+        return node.kind() in _SIZED_BY_VALUE
+    indices = node.inputsAt(1).node()
+    kinds = [value.type() for value in indices.inputs() if value.type().kind() == "TensorType"]
+    return any(kind.dtype() in (torch.bool, torch.uint8) for kind in kinds)

@@ -1,0 +1,168 @@
+"""What Python decides by the values of tensors is asked for again before every call, and each answer has its trace."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sfast
+from sfast.component import component_of
+from sfast.decisions import MAX_ANSWERS, MAX_NUMBERS
+from sfast.structure import flatten
+from sfast.trace import Trace, trace
+
+X = torch.tensor([3.0, 0.0, 1.0])
+
+
+def _trace(forward: Callable[..., Any], *args: Tensor) -> Trace:
+    tensors: list[Tensor] = []
+    return trace(forward, [], flatten((args, {}), tensors), tensors, [])
+
+
+class Model(nn.Module):
+    """Decides as it is told to."""
+
+    def __init__(self, decide: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.decide, self.calls = nn.Linear(3, 3), decide, 0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.decide(self.layer(x), mask)
+
+
+def _compiled(decide: Callable[..., Any], **config: Any) -> Model:
+    return sfast.compile(Model(decide).requires_grad_(False), sfast.CompilationConfig(**config))
+
+
+def _expected(model: Model, x: Tensor, mask: Tensor) -> Tensor:
+    return model.decide(model.layer(x), mask)
+
+
+@pytest.mark.parametrize(
+    ("ask", "same", "another"),
+    [
+        (lambda x: bool(x.sum() > 2), X + 1, X - 1),
+        (lambda x: int(x.sum()), X + 0.1, X + 1),
+        (lambda x: float(x[0]), X, X + 1),
+        (lambda x: x[2].item(), X, X + 1),
+        (lambda x: x.long().tolist(), X + 0.1, X + 1),
+        (lambda x: x.long().numpy().sum(), X + 0.1, X + 1),
+        (lambda x: 0.0 in x, X, X + 1),
+        (lambda x: torch.equal(x.long(), x), X + 5, X + 0.1),
+        (lambda x: x.allclose(x.round()), X + 5, X + 0.1),
+        (lambda x: torch.where(x > 0)[0].shape[0] > 2, X * 2, X + 1),
+        (lambda x: len((x > 0).nonzero()) > 2, X * 2, X + 1),
+        (lambda x: torch.argwhere(x > 0).shape[0] > 2, X * 2, X + 1),
+        (lambda x: torch.bincount(x.long()).shape[0] > 4, X + 0.1, X + 1),
+        (lambda x: x.repeat_interleave((x > 0).long()).shape[0] > 2, X * 2, X + 1),
+        (lambda x: torch.arange((x > 0).sum()).shape[0] > 2, X * 2, X + 1),
+        (lambda x: torch.tensor([x.sum() > 4, 1]).sum() > 1, X - 1, X + 1),
+    ],
+)
+def test_a_guard_asks_what_python_asked(ask: Callable[[Tensor], Any], same: Tensor, another: Tensor) -> None:
+    traced = _trace(lambda x: x + 1 if ask(x) else x, X)
+    assert traced.guard is not None
+    values = traced.guard.values([], [X])
+    assert values is not None
+    assert traced.guard.values([], [same]) == values
+    assert traced.guard.values([], [another]) != values
+    assert len(traced.run([], [X])) == 1  # the values are no results
+
+
+def test_a_decision_by_sizes_needs_no_guard() -> None:
+    assert _trace(lambda x: x + 1 if x.shape[0] > 2 and len(x.new_zeros(4)) > 3 else x, X).guard is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_each_answer_has_its_trace(verify: bool) -> None:
+    model = _compiled(lambda y, mask: y if mask.all() else y * mask.float(), verify=verify)
+    full, part = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True, True, False]] * 2)
+    for mask in (full, part, full, ~part, part, full.clone()):
+        x = torch.randn(2, 3)
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+    report = sfast.report(model)
+    assert report.traces == 2
+    assert report.fallbacks == []
+
+
+def test_a_mask_that_is_edited_in_place_is_asked_again() -> None:
+    model = _compiled(lambda y, mask: y * int(mask.sum()))
+    mask = torch.ones(3)
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+        mask[0] = 5
+    assert torch.equal(model(x, mask), _expected(model, x, mask))
+
+
+def test_the_same_tensor_is_asked_once() -> None:
+    model = _compiled(lambda y, mask: y * int(mask.sum()))
+    mask = torch.ones(3)
+    model(torch.randn(2, 3), mask)
+    component = component_of(model)
+    assert component is not None
+    (guards,) = component._decisions._guards.values()
+    model(torch.randn(2, 3), mask)  # asks, and remembers the tensor
+    guards[0].compute = None  # type: ignore[assignment]  # nobody may ask
+    x = torch.randn(2, 3)
+    assert torch.equal(model(x, mask), _expected(model, x, mask))
+
+
+def test_other_shapes_with_the_same_answer_share_a_trace() -> None:
+    model = _compiled(lambda y, mask: y if mask.all() else y * 2)
+    for batch in (1, 2, 5):
+        x, mask = torch.randn(batch, 3), torch.ones(batch, 3, dtype=torch.bool)
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+    assert sfast.report(model).traces == 1
+
+
+def test_another_way_may_ask_for_something_else() -> None:
+    def decide(y: Tensor, mask: Tensor) -> Tensor:
+        if mask.all():
+            return y
+        return y * 2 if int(mask.sum()) > 1 else y * 3
+
+    model = _compiled(decide)
+    masks = [torch.tensor(row, dtype=torch.bool) for row in ([1, 1, 1], [1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 1])]
+    for mask in masks * 2:
+        x = torch.randn(2, 3)
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+    assert sfast.report(model).fallbacks == []
+
+
+def test_a_value_written_before_it_is_asked_for() -> None:
+    def decide(y: Tensor, mask: Tensor) -> Tensor:
+        kept = mask.clone()
+        kept[0] = 7
+        y = y * int(kept.sum())
+        kept[1] = 9
+        return y + kept.sum()
+
+    model = _compiled(decide)
+    for mask in (torch.ones(3), torch.zeros(3), torch.ones(3)):
+        x = torch.randn(2, 3)
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+
+
+@pytest.mark.parametrize(("ask", "limit"), [(float, MAX_NUMBERS), (int, MAX_ANSWERS)])
+def test_values_that_change_at_every_call_end_in_eager_with_one_line(ask: Callable[[Tensor], Any], limit: int) -> None:
+    model = _compiled(lambda y, mask: y * ask(mask.sum()))
+    for step in range(limit + 3):
+        x, mask = torch.randn(2, 3), torch.full((3,), float(step))
+        assert torch.equal(model(x, mask), _expected(model, x, mask))
+    (reason,) = [why for what, why in sfast.report(model).fallbacks if what == "Model"]
+    assert reason.startswith(
+        "runs eager: it decides in Python by values that change from call to call, test_decisions.py"
+    )
+    assert sfast.report(model).traces <= limit + 1
+
+
+def test_what_the_model_computes_is_no_question() -> None:
+    model = _compiled(lambda y, mask: y if y.sum() > 0 else -y)
+    for _ in range(3):
+        x = torch.randn(2, 3)
+        assert torch.equal(model(x, X), _expected(model, x, X))
+    (reason,) = [why for what, why in sfast.report(model).fallbacks if what == "Model"]
+    assert "which it has computed itself" in reason
