@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.transformer_fusions import Case, transformer_cases
 from sfast.kernels import (
     attention,
     blend,
@@ -53,18 +54,6 @@ ATTENTION = [  # B, H, queries, keys, head size: themselves, a prompt, a VAE's m
     *[(2, 8, 256, 77, 160), (1, 1, 4096, 4096, 512), (1, 1, 16384, 16384, 512)],
     *[(18432, 5, 14, 14, 64), (4608, 10, 14, 14, 64), (18432, 5, 14, 1, 64), (28, 5, 9216, 1, 64)],
 ]
-
-
-class Case(NamedTuple):
-    """One row: `op(*inputs)` against `reference(*inputs)`, where `inputs` makes a fresh set."""
-
-    name: str
-    shape: str
-    op: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    inputs: Callable[[], tuple]
-    moved: int  # elements that must be read or written at least once
-    flops: int
 
 
 class Timing(NamedTuple):
@@ -201,6 +190,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
     yield from video_cases(randn)
     yield from attention_cases(randn)
+    yield from transformer_cases(randn)
 
 
 def video_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
@@ -302,7 +292,9 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _doubled(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.complex128) if value.is_complex() else value.double()
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
@@ -312,7 +304,7 @@ def _error(result: Tensor, exact: Tensor) -> float:
 def main() -> int:
     """Print one row for each case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fusions", description=__doc__)
-    parser.add_argument("--only", metavar="NAME", help="measure this fusion alone")
+    parser.add_argument("--only", metavar="NAMES", help="measure these fusions alone (names with commas between them)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument(
         "--cache", choices=["cold", "warm"], default="cold", help="state of the L2 cache (default: cold)"
@@ -328,10 +320,11 @@ def main() -> int:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     with torch.inference_mode():
-        chosen = [case for case in cases(dtype) if arguments.only in (None, case.name)]
-        if not chosen:
-            names = sorted({case.name for case in cases(dtype)})
-            parser.error(f"--only takes one of {', '.join(names)}, got {arguments.only}")
+        names = sorted({case.name for case in cases(dtype)})
+        wanted = arguments.only.split(",") if arguments.only else names
+        if not set(wanted) <= set(names):
+            parser.error(f"--only takes some of {', '.join(names)}, got {arguments.only}")
+        chosen = [case for case in cases(dtype) if case.name in wanted]
         for case in chosen:
             print(measure(case, dtype, arguments.cache == "warm"), flush=True)
     return 0

@@ -113,7 +113,7 @@ def _interleaved(node: Any, writers: list[Any]) -> int | None:
     if len(writers) != 2 or any(writer.kind() != "aten::slice" for writer in writers):
         return None
     whole = node.output().type()
-    dims = []
+    dims: list[int] = []
     for start, writer in enumerate(writers):
         numbers = [value.toIValue() if is_constant(value) else None for value in list(writer.inputs())[1:]]
         uses = [use.user for use in writer.output().uses()]
@@ -124,7 +124,7 @@ def _interleaved(node: Any, writers: list[Any]) -> int | None:
             return None
         if copy.inputsAt(1).type().sizes() is None or copy.inputsAt(1).type().sizes() != writer.output().type().sizes():
             return None  # what is written is spread
-        dims.append(numbers[0])
+        dims.append(int(numbers[0] or 0))
     readers = [use.user for use in node.output().uses()[2:]]
     last = writers[1].output().uses()[0].user
     read_later = bool(readers) and all(last.isBefore(reader) and not may_alias(reader) for reader in readers)

@@ -221,4 +221,11 @@ TRANSFORMER_CASES = [
         lambda x, y, r: _modulated_wide(torch.add(x.float(), y * _gate(r), alpha=2).type_as(x), r),
         (HALF, HALF + 1, ROW),
     ),
+    Case(
+        "cat_tokens",
+        lambda x, y: torch.cat([x.transpose(1, 2), y.transpose(1, 2)], dim=2),
+        None,
+        lambda x, y: torch.cat([x, x + 1], dim=3),
+        (TEXT, TOKENS),
+    ),
 ]

@@ -43,6 +43,7 @@ from sfast.fusions.rotary import (
     CAT_RMS_NORM,
     CAT_RMS_NORM_ROTARY,
     CAT_RMS_NORM_ROTARY_COMPLEX,
+    CAT_TOKENS,
     RMS_NORM,
     RMS_NORM_ROTARY,
     RMS_NORM_ROTARY_COMPLEX,
@@ -108,6 +109,7 @@ FUSIONS: list[Fusion] = [
     LINEAR,  # after all that contain it
     UPSAMPLE_NEAREST2D,
     CAT_CHANNELS,
+    CAT_TOKENS,  # after CAT_CHANNELS, which knows images
     ATTENTION,
 ]
 

@@ -114,3 +114,12 @@ CAT_RMS_NORM_ROTARY = Fusion(
 CAT_RMS_NORM_ROTARY_COMPLEX = Fusion(
     "cat_rms_norm_rotary_complex", _cat_rms_norm_rotary_complex, (*_A, _TABLE, *_B, _TABLE + 1), needs=_NEEDS
 )
+
+
+def _is_third(dim: Any) -> bool:
+    return bool(dim.node().kind() == "prim::Constant" and dim.toIValue() in (2, -2))
+
+
+CAT_TOKENS = Fusion(
+    "cat_tokens", rotary.cat_tokens_reference, (_HEADS, _HEADS + 1, 2), needs=_NEEDS, only={"dim": _is_third}
+)

@@ -1,7 +1,8 @@
 """Two channels-last tensors side by side, at the speed of memory: what a UNet does with every skip connection.
 
 In channels-last memory the rows of both alternate in the result, and PyTorch's kernel for that reaches a third of an H200's
-bandwidth. Here each program copies a tile of rows by channels of one of the two, with wide vectors.
+bandwidth. Here each program copies a tile of rows by channels of one of the two, with wide vectors. (What is joined along
+the same dimension in transformers are tokens of heads: those are copied by `rotary.py`'s kernel.)
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sfast.kernels import rotary
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
@@ -20,6 +22,9 @@ def cat_channels_reference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:
+    tokens = rotary.cat_tokens(a, b, 1)
+    if tokens is not None and rotary.takes(tokens):
+        return rotary.process(tokens)
     A, C = a.shape[1], a.shape[1] + b.shape[1]
     y = a.new_empty((a.shape[0], *a.shape[2:], C))
     S = y.numel() // C
@@ -59,6 +64,8 @@ def _cat_tiles(
 
 
 def _takes(a: Tensor, b: Tensor) -> bool:
+    if rotary.takes(rotary.cat_tokens(a, b, 1)):
+        return True
     if not triton_takes(a) or a.dim() not in (4, 5) or b.dim() != a.dim() or a.numel() == 0 or b.numel() == 0:
         return False
     alike = a.dtype == b.dtype and a.device == b.device and a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:]

@@ -19,7 +19,7 @@ from sfast.kernels.overlap import launch_options
 from sfast.kernels.rotary_kernels import rotate_heads
 from sfast.kernels.triton_or_none import triton, triton_takes
 
-WIDEST = 256  # heads
+NARROWEST, WIDEST = 16, 256  # heads
 HEADS = 8  # of a program's tile, which shares one row of the table
 
 # x, a, b [B, T, H, D] with any strides of the first three, or [B, H, T, D], the same in another order: the tables, which have
@@ -54,6 +54,11 @@ def rms_norm_rotary_reference(x: Tensor, weight: Tensor, eps: float, cos: Tensor
 def rms_norm_rotary_complex_reference(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
     """rotary_complex(rms_norm(x)), the norm over each head."""
     return rotary_complex_reference(F.rms_norm(x, weight.shape, weight, eps), table)
+
+
+def cat_tokens_reference(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """b's tokens behind a's; `dim` is where the tokens are."""
+    return torch.cat([a, b], dim)
 
 
 def cat_rms_norm_reference(
@@ -226,6 +231,16 @@ def _rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Te
     return _with_tables(x, weight, eps, cos, sin, "full")
 
 
+def cat_tokens(a: Tensor, b: Tensor, dim: int) -> Job | None:
+    """The heads of values, which nothing is done to; None where they lie dense, which PyTorch copies as fast."""
+    dense = a.is_contiguous() and b.is_contiguous()
+    if dense or a.dim() != 4 or b.dim() != 4 or dim % 4 not in (1, 2) or a.shape[3] < NARROWEST:
+        return None
+    turned = dim % 4 == 2
+    x, y = (each.transpose(1, 2) if turned else each for each in (a, b))
+    return Job(Heads(x), Heads(y), turned)
+
+
 def _cat_rms_norm(
     a: Tensor, weight_a: Tensor, eps_a: float, b: Tensor, weight_b: Tensor, eps_b: float, dim: int
 ) -> Job | None:
@@ -301,6 +316,7 @@ _define(
     rms_norm_rotary_complex_reference,
     _with_complex,
 )
+_define("cat_tokens(Tensor a, Tensor b, int dim) -> Tensor", cat_tokens_reference, cat_tokens)
 _define(f"cat_rms_norm({_A}, {_B}, int dim) -> Tensor", cat_rms_norm_reference, _cat_rms_norm)
 _define(
     f"cat_rms_norm_rotary({_A}, {_B}, Tensor cos, Tensor sin) -> Tensor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import fusions
+from benchmarks import fusions, transformer_fusions
 from benchmarks.fusions import Case, Timing
 from sfast.kernels.linear_activation import linear_silu_reference
 
@@ -20,7 +20,24 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys) -> None:
 def test_every_kind_of_fusion_has_a_row() -> None:
     names = {case.name for case in fusions.cases(torch.float16)}
     assert names >= {"group_norm", "group_norm_silu", "add_group_norm_silu", "layer_norm", "add_layer_norm"}
+    assert names >= {"gate_add_layer_norm_modulate", "cat_rms_norm_rotary", "rms_norm_rotary_complex", "linear_cat"}
     assert names >= {"linear_geglu", "linear_gelu", "conv2d_add", "upsample_nearest2d", "cat_channels", "attention"}
+
+
+def test_the_rows_of_transformers_compare_what_they_should(monkeypatch) -> None:
+    monkeypatch.setattr(transformer_fusions, "ROWS", [(2, 3, 16)])
+    monkeypatch.setattr(transformer_fusions, "HEADS", [(2, 2, 3, 3, 16), (1, 0, 4, 2, 16)])
+
+    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape) * std + mean
+
+    rows = [*transformer_fusions.row_cases(randn), *transformer_fusions.head_cases(randn)]
+    assert {"gate_add_layer_norm_modulate", "cat_rms_norm_rotary_complex", "cat_tokens"} <= {row.name for row in rows}
+    for case in rows:
+        inputs = case.inputs()
+        exact = case.reference(*map(fusions._doubled, inputs))
+        result, exact = (each if isinstance(each, torch.Tensor) else each[0] for each in (case.op(*inputs), exact))
+        assert fusions._error(result, exact) < 1e-6
 
 
 @pytest.mark.parametrize(("offset", "verdict"), [(0.0, "4.00x"), (1e-3, "OUTPUTS DIFFER")])

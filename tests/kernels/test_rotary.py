@@ -101,6 +101,18 @@ def test_two_tensors_one_behind_the_other(shape, dtype, device, runs_kernel) -> 
 
 
 @dtypes
+def test_values_are_joined_as_they_are(dtype, device, runs_kernel) -> None:
+    a, b = heads((2, 2, 3, 16), device, dtype), heads((2, 3, 3, 16), device, dtype)
+    for inputs in ((a, b, 1), (a.transpose(1, 2), b.transpose(1, 2), 2)):
+        if runs_kernel:
+            assert rotary.takes(rotary.cat_tokens(*inputs))
+        assert torch.equal(ops.cat_tokens(*inputs), rotary.cat_tokens_reference(*inputs))
+    assert torch.equal(ops.cat_channels(a, b), torch.cat([a, b], 1))
+    assert rotary.cat_tokens(a.contiguous(), b.contiguous(), 1) is None
+    assert torch.equal(ops.cat_tokens(a, a, 3), torch.cat([a, a], 3))
+
+
+@dtypes
 def test_rms_norm_of_heads_and_of_rows(dtype, device) -> None:
     queries = heads((2, 5, 3, 16), device, dtype)
     for x in (queries, queries.transpose(1, 2), torch.randn(2, 5, 300, device=device).to(dtype)):

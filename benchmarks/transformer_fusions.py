@@ -1,0 +1,157 @@
+"""The rows of `fusions.py` for diffusion transformers, at the shapes that FLUX, SD3.5, Qwen-Image, Wan and Z-Image have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfast.kernels import linear_cat, modulate, rms_norm, rotary
+
+
+class Case(NamedTuple):
+    """One row: `op(*inputs)` against `reference(*inputs)`, where `inputs` makes a fresh set."""
+
+    name: str
+    shape: str
+    op: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: Callable[[], tuple]
+    moved: int  # elements that must be read or written at least once
+    flops: int
+
+
+# B, T, C of a modulated norm: FLUX's image, text and both, SD3.5 with guidance, Qwen-Image, Wan (modulated in fp32)
+ROWS = [(1, 4096, 3072), (1, 512, 3072), (1, 4608, 3072), (2, 4096, 1536), (1, 6889, 3072)]
+# B, tokens of the text and of the image, H, D: FLUX, SD3.5, Qwen-Image, Z-Image (text and image are one), Wan
+HEADS = [(1, 512, 4096, 24, 128), (2, 333, 4096, 24, 64), (1, 128, 6889, 24, 128), (1, 0, 4192, 30, 128)]
+
+
+def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Modulated norms, gated residuals, heads on their way to attention, and a projection of two tensors."""
+    yield from row_cases(randn)
+    yield from wide_cases(randn)
+    yield from head_cases(randn)
+    ops = torch.ops.sfast
+    for T, A, B, D in [(4608, 3072, 12288, 3072), (1536, 3072, 12288, 3072)]:
+
+        def pair(T: int = T, A: int = A, B: int = B, D: int = D) -> tuple:
+            return randn(1, T, A), randn(1, T, B), 2, randn(D, A + B, std=(A + B) ** -0.5), randn(D)
+
+        moved, flops = T * (A + B + D) + D * (A + B), 2 * T * (A + B) * D
+        reference = linear_cat.linear_cat_reference
+        yield Case("linear_cat", f"{T}x{A}+{B}->{D}", ops.linear_cat, reference, pair, moved, flops)
+
+
+def row_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Rows of a block, gates and modulations as parts of one product."""
+    ops = torch.ops.sfast
+    for B, T, C in ROWS:
+        shape, elements = f"{B}x{T}x{C}", B * T * C
+
+        def parts(B: int = B, C: int = C) -> tuple[Tensor, ...]:
+            return randn(B, 1, 6 * C, std=0.3).chunk(6, -1)[:3]
+
+        def norm(B: int = B, T: int = T, C: int = C, parts: Callable[[], tuple] = parts) -> tuple:
+            return randn(B, T, C), [C], None, None, 1e-6, *parts()[:2]
+
+        def gated(B: int = B, T: int = T, C: int = C, parts: Callable[[], tuple] = parts) -> tuple:
+            gate, *modulation = parts()
+            return randn(B, T, C), randn(B, T, C), gate, [C], None, None, 1e-6, *modulation
+
+        def sum_(B: int = B, T: int = T, C: int = C, parts: Callable[[], tuple] = parts) -> tuple:
+            return randn(B, T, C), randn(B, T, C), parts()[0]
+
+        def scaled(B: int = B, T: int = T, C: int = C, parts: Callable[[], tuple] = parts) -> tuple:
+            gate, scale, _ = parts()
+            return randn(B, T, C), randn(B, T, C), randn(C), 1e-5, gate, randn(C), 1e-5, scale
+
+        reference = modulate.layer_norm_modulate_reference
+        yield Case("layer_norm_modulate", shape, ops.layer_norm_modulate, reference, norm, 2 * elements, 0)
+        name, joined = "gate_add_layer_norm_modulate", modulate.gate_add_layer_norm_modulate_reference
+        yield Case(name, shape, ops.gate_add_layer_norm_modulate, joined, gated, 4 * elements, 0)
+        yield Case("gate_add", shape, ops.gate_add, modulate.gate_add_reference, sum_, 3 * elements, 0)
+        name, both = "gate_rms_norm_add_rms_norm_scale", modulate.gate_rms_norm_add_rms_norm_scale_reference
+        yield Case(name, shape, ops.gate_rms_norm_add_rms_norm_scale, both, scaled, 4 * elements, 0)
+
+
+def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """A video whose every token has a modulation of its own, in fp32."""
+    ops, T, C = torch.ops.sfast, 9680, 3072
+
+    def gated() -> tuple:
+        gate, scale, shift = randn(1, T, 6 * C, std=0.3).float().view(1, T, 6, C).unbind(2)[:3]
+        return randn(1, T, C), randn(1, T, C), gate, [C], None, None, 1e-6, scale, shift
+
+    name, reference = "gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference
+    yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_wide, reference, gated, 10 * T * C, 0)
+
+    def rows() -> tuple:
+        return randn(1, T, 3 * C).split(C, -1)[0], randn(C), 1e-6
+
+    yield Case("rms_norm", f"1x{T}x{C}", ops.rms_norm, rms_norm.rms_norm_reference, rows, 2 * T * C, 0)
+
+    def turned() -> tuple:
+        table = randn(1, T, 128).float().view(1, T, 1, 128)
+        return randn(1, T, 24 * 128).view(1, T, 24, 128), table.cos()[..., ::2], table.sin()[..., 1::2]
+
+    reference = rotary.rotary_pairs_reference
+    yield Case("rotary_pairs", f"1x{T}x24x128", ops.rotary_pairs, reference, turned, 2 * T * C, 0)
+
+
+def head_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Heads as a merged projection leaves them."""
+    ops = torch.ops.sfast
+    for B, text, image, H, D in HEADS:
+        T, shape = text + image, f"{B}x{text}+{image}x{H}x{D}"
+
+        def heads(tokens: int, B: int = B, H: int = H, D: int = D) -> Tensor:
+            return randn(B, tokens, 3 * H * D)[..., : H * D].view(B, tokens, H, D)
+
+        def table(T: int = T, D: int = D) -> tuple[Tensor, Tensor]:
+            angle = randn(1, T, D).float().view(1, T, 1, D)
+            return angle.cos(), angle.sin()
+
+        def one(T: int = T, D: int = D, heads: Callable = heads, table: Callable = table) -> tuple:
+            return heads(T), randn(D), 1e-6, *table()
+
+        moved = 2 * B * T * H * D
+        reference = rotary.rms_norm_rotary_reference
+        yield Case("rms_norm_rotary", shape, ops.rms_norm_rotary, reference, one, moved, 0)
+
+        def complex_(T: int = T, D: int = D, heads: Callable = heads, table: Callable = table) -> tuple:
+            cos, sin = table()
+            return heads(T), randn(D), 1e-6, torch.complex(cos, sin)[0, ..., ::2].contiguous()
+
+        as_complex = rotary.rms_norm_rotary_complex_reference
+        yield Case("rms_norm_rotary_complex", shape, ops.rms_norm_rotary_complex, as_complex, complex_, moved, 0)
+        if not text:
+            continue
+
+        def two(D: int = D, text: int = text, image: int = image, heads: Callable = heads) -> tuple:
+            return heads(text), randn(D), 1e-6, heads(image), randn(D), 1e-6
+
+        def turned(two: Callable = two, table: Callable = table) -> tuple:
+            return *two(), *table()
+
+        def transposed(two: Callable = two) -> tuple:
+            a, weight_a, eps_a, b, weight_b, eps_b = two()
+            return a.transpose(1, 2), weight_a, eps_a, b.transpose(1, 2), weight_b, eps_b, 2
+
+        def values(two: Callable = two) -> tuple:
+            a, _, _, b, _, _ = two()
+            return a.transpose(1, 2), b.transpose(1, 2), 2
+
+        def each(text: int = text, two: Callable = two, complex_: Callable = complex_) -> tuple:
+            (*first, b, weight_b, eps_b), table = two(), complex_()[3]
+            return *first, table[:text], b, weight_b, eps_b, table[text:]
+
+        name, twice = "cat_rms_norm_rotary_complex", rotary.cat_rms_norm_rotary_complex_reference
+        yield Case(name, shape, ops.cat_rms_norm_rotary_complex, twice, each, moved, 0)
+        rotated = rotary.cat_rms_norm_rotary_reference
+        yield Case("cat_rms_norm_rotary", shape, ops.cat_rms_norm_rotary, rotated, turned, moved, 0)
+        joined = rotary.cat_rms_norm_reference
+        yield Case("cat_rms_norm", shape, ops.cat_rms_norm, joined, transposed, moved, 0)
+        yield Case("cat_tokens", shape, ops.cat_tokens, rotary.cat_tokens_reference, values, moved, 0)
