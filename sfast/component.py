@@ -369,7 +369,7 @@ def _eager_forward(module: torch.nn.Module) -> Any:
 
 def _result(call: Trace | EagerCall, outputs: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
     """What eager returns; the caller's containers are as eager leaves them."""
-    repeat(call.changes, (args, kwargs))
+    repeat(call.changes, (args, kwargs), outputs)
     return call.unflatten(outputs)
 
 

@@ -96,7 +96,7 @@ class EagerCall:
         with torch.no_grad():
             before = Contents((args, kwargs))
             self.output = flatten(self.forward(*args, **kwargs), results)
-            self.changes = before.changes()
+            self.changes = before.changes(results)
         return results
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:

@@ -43,7 +43,7 @@ class Trace:
     contiguous: list[bool]  # which results eager lays out without gaps, in their order: so will we
     fusions: Counter[str]
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
-    changes: Changes = ()  # what the call takes out of its arguments' containers
+    changes: Changes = ()  # what the call does to its arguments' containers
     hoisted: Split | None = None  # the two parts that have proved right, to begin with at the next shape
     guard: Guard | None = None  # computes by what values Python took its way through the module
 
@@ -145,7 +145,7 @@ def trace(
 
     Raises:
         DecidesByValue: the module reads a value in Python that is random, or that it has computed itself.
-        ChangesContainers: it puts something into a container among its arguments.
+        ChangesContainers: what it does to its arguments cannot be repeated.
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
     """
@@ -158,9 +158,9 @@ def trace(
         results: list[torch.Tensor] = []
         before = Contents((args, kwargs))
         output.append(flatten(forward(*args, **kwargs), results))
-        changes.append(before.changes())
         if not results:
             raise ValueError("the module returns no tensor")
+        changes.append(before.changes(results))
         results += repairs.asked
         contiguous.extend(result.is_contiguous() for result in results)
         # A result that is an input or a weight itself gets a value of its own in the graph.
