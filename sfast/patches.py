@@ -36,7 +36,14 @@ def is_users(name: str | None) -> bool:
 
 def has_state(value: Any) -> bool:
     """Whether an object is of a class of somebody's own, that may keep anything in its attributes."""
-    return hasattr(value, "__dict__") and (is_users(type(value).__module__) or isinstance(value, _NAMESPACES))
+    return is_users(type(value).__module__) or isinstance(value, _NAMESPACES)
+
+
+def slots_of(value: Any) -> list[str]:
+    """The attributes of an object that are not in its dictionary."""
+    slots = [getattr(base, "__slots__", ()) for base in type(value).__mro__]
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
 
 
 def namespaces(kind: type) -> Iterator[tuple[type, tuple[str, ...]]]:
@@ -72,12 +79,12 @@ def getter(names: tuple[str, ...]) -> Getter:
     return operator.itemgetter(*names) if len(names) > 1 else lambda place: tuple([place[name] for name in names])
 
 
-def in_cell(cell: types.CellType) -> tuple[Any, ...]:
+def in_cell(cell: types.CellType) -> Any:
     """What a closure keeps under one name."""
     try:
-        return (cell.cell_contents,)
+        return cell.cell_contents
     except ValueError:
-        return (None,)
+        return None
 
 
 def is_code(value: Any) -> bool:

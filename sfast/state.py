@@ -9,7 +9,6 @@ A number or flag that Python reads from a module (FreeU's factors, the scale of 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import operator
 import threading
@@ -111,7 +110,8 @@ class ModuleState:
     def keep(self) -> list[tuple[Any, Any]]:
         """The attributes of all modules as they are, for `put_back` after their forward was run on trial."""
         places = [p for m in self._tree.modules for p in (m.__dict__, m._parameters, m._buffers)]
-        return [(place, copy.copy(place)) for place in (*places, *self._tree.places)]
+        kinds = (list, set, dict)
+        return [(p, next(kind for kind in kinds if isinstance(p, kind))(p)) for p in (*places, *self._tree.places)]
 
     def put_back(self, kept: list[tuple[Any, Any]]) -> None:
         """Undo what was assigned to attributes, or put into lists and dictionaries, since `keep`."""
@@ -119,6 +119,9 @@ class ModuleState:
             if isinstance(place, list):
                 if len(place) != len(before) or any(map(operator.is_not, place, before)):
                     place[:] = before
+            elif isinstance(place, set):
+                place.intersection_update(before)
+                place.update(before)
             elif len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
                 place.clear()
                 place.update(before)

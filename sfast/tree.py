@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from sfast import patches
 from sfast.adapters import Adapted, is_adapted
 from sfast.structure import PLAIN
+
+MAX_OBJECTS = 256  # of users' own, that code may read
 
 
 @dataclasses.dataclass
@@ -46,6 +48,7 @@ class Tree:
     code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
     seen: set[Any] = dataclasses.field(default_factory=set)  # objects, functions and classes that have been read
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
+    objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
 
     def same(self) -> bool:
@@ -56,7 +59,7 @@ class Tree:
             return False
         try:
             got = chain.from_iterable([get(place) for get, place in self.getters])
-        except KeyError:
+        except (KeyError, AttributeError):
             return False
         return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
             map(operator.is_, got, self.got)
@@ -124,12 +127,15 @@ class Tree:
                         if isinstance(value, (list, dict, torch.Tensor)) or patches.has_state(value):
                             _read_attribute(self, f"{base.__qualname__}.{name}", value)
 
+    def watch_values(self, get: Callable[[Any], Any], place: Any) -> None:
+        """Notice from now on what somebody puts where `get(place)` looks."""
+        self.getters.append((lambda place: (get(place),), place))
+        self.got.append(get(place))
+
     def _watch_closure(self, function: Any) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self.getters.append((patches.in_cell, cell))
-            self.got += patches.in_cell(cell)
-            for value in patches.in_cell(cell):
-                self._read_code(f"{function.__qualname__}.{name}", value)
+            self.watch_values(patches.in_cell, cell)
+            self._read_code(f"{function.__qualname__}.{name}", patches.in_cell(cell))
 
     def _read_code(self, path: str, value: Any) -> None:
         if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
@@ -262,6 +268,10 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
             tree.types.append(type(value))
     elif isinstance(value, functools.partial):
         _read_attribute(tree, path, (value.func, value.args, value.keywords), depth)
+    elif isinstance(value, (set, frozenset)):
+        tree.attributes[path] = frozenset([item for item in value if isinstance(item, PLAIN)])
+        tree.watch(value)
+        tree.places += [value] if isinstance(value, set) else []
     elif depth and isinstance(value, (list, tuple, dict)):
         tree.attributes[path] = type(value), len(value)
         if not isinstance(value, tuple):
@@ -271,10 +281,14 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
     else:
         tree.attributes[path] = (type(value),)
-        if depth and id(value) not in tree.seen and patches.has_state(value):
+        if patches.has_state(value) and id(value) not in tree.seen and tree.objects < MAX_OBJECTS:
+            tree.objects += 1
             tree.seen.add(id(value))
             tree.unread.append(type(value))
-            _read_attribute(tree, path, vars(value), depth)
+            _read_attribute(tree, f"{path}.attributes", getattr(value, "__dict__", {}))
+            for name in patches.slots_of(value):
+                tree.watch_values(operator.attrgetter(name), value)
+                _read_attribute(tree, f"{path}.{name}", getattr(value, name))
 
 
 def is_foreign(hook: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -107,11 +108,19 @@ FACTOR = 2.0
 UNRELATED = 1
 
 
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+
 class Controller:
     """As in prompt-to-prompt: many processors share one, and somebody turns its knobs."""
 
     def __init__(self) -> None:
         self.factor, self.deep, self.steps = 2.0, {"factors": [2.0]}, 0
+        self.slotted, self.modes = types.SimpleNamespace(inner=Slotted()), {2.0}
         self.seen: list[Tensor] = []
 
 
@@ -152,7 +161,9 @@ class Method:
 def set_factor(monkeypatch: pytest.MonkeyPatch, controller: Controller, value: float) -> None:
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
     monkeypatch.setattr(Processor, "of_class", value)
-    controller.factor = value
+    controller.factor = controller.slotted.inner.factor = value
+    controller.modes.clear()
+    controller.modes.add(value)
     controller.deep["factors"][0] = value
 
 
@@ -161,6 +172,8 @@ READERS = {
     "function": lambda controller: through_a_function,
     "closure": of_closure,
     "partial": of_partial,
+    "slot": lambda controller: lambda _: controller.slotted.inner.factor,
+    "set": lambda controller: lambda _: max(controller.modes),
     "method": lambda controller: Method(controller).factor,
     "class": lambda controller: lambda processor: processor.of_class,
 }
