@@ -42,13 +42,14 @@ class Contents:
     def __init__(self, value: Any) -> None:
         self._before = [(path, container, _items(container)) for path, container in _containers(value)]
 
-    def changes(self, new: list[torch.Tensor]) -> Changes:
+    def changes(self, new: list[torch.Tensor] | None = None) -> Changes:
         """What has been taken out, put in or put into another order since; appends the tensors put in to `new`.
 
         Raises:
             ChangesContainers: something has been done to a dataclass, or what was put in has no description.
         """
         found = []
+        new = [] if new is None else new
         for path, container, before in self._before:
             now = _items(container)
             if list(now) != list(before) or any([now[key] is not before[key] for key in now]):
