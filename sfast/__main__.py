@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of a checkout; site-packages when installed from a wheel
-BENCHMARKS = ("pipelines", "fusions")
+BENCHMARKS = ("pipelines", "fusions", "shapes")
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def cache(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """run a benchmark from a checkout: pipelines (whole models) or fusions (one row per fusion)"""
+    """run a benchmark from a checkout: pipelines (whole models), fusions (one row each) or shapes (what a new size costs)"""
     parser = argparse.ArgumentParser(
         prog="sfast bench",
         description="Runs a benchmark of the source checkout; they are not part of the wheel.",

@@ -50,7 +50,7 @@ class CompilationConfig:
         enable_cuda_graph: capture one CUDA graph per input shape and replay it.
         verify: compare the first result at every new shape with eager, and fall back where they disagree.
         graph_memory_budget: bytes that captured graphs may hold on one GPU; the least recently used are dropped above
-            it. `None` means a quarter of the memory that is free when the first graph is captured.
+            it. `None` means a quarter of the memory that is free or theirs, looked at whenever one is captured.
         enable_jit_freeze, preserve_parameters, prefer_lowp_gemm, trace_scheduler: accepted for scripts written for
             stable-fast and without effect; `sfast.config.RETIRED` says why.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sfast
+from benchmarks import shapes
 from sfast import CompilationConfig, native
 from sfast.kernels import nearby
 from tests.graphs import Pool, pool
@@ -296,3 +299,31 @@ def test_on_a_gpu_sizes_borrow_by_the_librarys_own_numbers() -> None:
         assert set(problems) <= chosen.keys()
         assert [problem in native.measured(device) for problem in problems] == [side == 20] * 2
     assert math.isfinite(float(results[0].sum()))
+
+
+# The measuring script.
+
+
+def test_the_script_measures_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shapes.csv"
+    for _ in range(2):  # rows are appended
+        options = ["--model", "tiny", "--shapes", "2", "--steps", "2", "--device", "cpu", "--phases", "--out", str(out)]
+        assert shapes.main(options) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert list(rows[0]) == shapes.COLUMNS and len(rows) == 4
+    for row in rows:
+        first, again, extra = (float(row[name]) for name in ("first_s", "again_s", "extra_s"))
+        assert extra == pytest.approx(first - again, abs=2e-4)
+        assert float(row["error"]) < 1e-4 and row["traces"] == "1" and row["reserved_gib"] == ""
+    assert [(row["width"], row["height"]) for row in rows] == [("64", "64"), ("80", "48")] * 2
+    text = capsys.readouterr().out
+    assert "UNet2DConditionModel: the eager call took" in text and "WRONG" not in text
+
+
+def test_the_script_counts_shapes_beyond_the_goal_and_what_grows() -> None:
+    rows = [{"extra_s": extra, "graph_gib": graph} for extra, graph in [(3.0, 0.5), (0.25, 1.25), (0.75, 1.0)]]
+    lines = shapes.summary([{**row, "allocated_gib": None, "reserved_gib": 6.0, "driver_gib": 9.0} for row in rows], {})
+    assert lines[0] == "after the first shape, at most 0.750 s more than its own steps (goal 0.5 s)"
+    assert lines[1] == "shapes beyond the goal: 1 of 2"
+    assert lines[2] == "graph_gib: grown by 0.750 over 3 shapes (goal 1.5)"
+    assert len(lines) == 5
