@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 import traceback
 import warnings
@@ -226,7 +227,7 @@ class _Repairs(TorchFunctionMode):
     """Mends what a plain trace loses, and watches what it bakes in.
 
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
-    - `round()` of a size works.
+    - `round()`, `math.trunc()`, `math.floor()` and `math.ceil()` of a size work.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
@@ -263,16 +264,24 @@ class _Repairs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> _Repairs:
-        torch.Tensor.__round__ = lambda tensor, digits=None: round(tensor.item(), digits)
+        for name, method in _ROUNDING.items():
+            setattr(torch.Tensor, name, method)
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        del torch.Tensor.__round__
+        for name in _ROUNDING:
+            delattr(torch.Tensor, name)
         torch.nn.Module.__call__ = self._call
         super().__exit__(*error)
 
 
+_ROUNDING: dict[str, Callable[..., Any]] = {
+    "__round__": lambda tensor, digits=None: round(tensor.item(), digits),
+    "__trunc__": lambda tensor: math.trunc(tensor.item()),
+    "__floor__": lambda tensor: math.floor(tensor.item()),
+    "__ceil__": lambda tensor: math.ceil(tensor.item()),
+}
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
 _GLOBAL_HOOKS = [
     hooks

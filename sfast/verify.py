@@ -57,13 +57,12 @@ class Check:
             self.refused = "it draws random numbers in Python"
         self._changes: Changes = ()
         try:
-            self._changes = contents.changes()
-        except ChangesContainers as error:
-            self.refused = str(error)
-        try:
             self._structure = flatten(self.expected, self._tensors)
+            self._changes = contents.changes(self._tensors)
         except UnsupportedStructure as error:
             self.refused = f"its result cannot be rebuilt: {error}"
+        except ChangesContainers as error:
+            self.refused = str(error)
         state.refresh_after_eager()
 
     def rewind(self) -> None:
@@ -130,7 +129,7 @@ def run_eagerly(eager: Callable[..., Any], state: ModuleState, args: Any, kwargs
     try:
         return eager(*args, **kwargs)
     except RuntimeError as error:
-        written = [version_of(tensor) for tensor in tensors] != versions or contents.changes() != ()
+        written = [version_of(tensor) for tensor in tensors] != versions or contents.changes([]) != ()
         if written or not is_out_of_memory(error) or not make_room(state.device):
             raise
     _set_random_state(state.device, drawn)

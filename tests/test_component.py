@@ -458,7 +458,7 @@ class Odd(nn.Module):
             return y + torch.tensor([x @ self.weight, 1.0, 2.0])
         if self.what == "list":
             assert cache is not None
-            cache.append(y)
+            cache.append(object())
             return y
         if self.what == "argument":
             x.add_(1)
@@ -654,6 +654,19 @@ def test_structures_that_never_repeat_stop_being_traced(net: Net) -> None:
     report = sfast.report(net)
     assert report.traces == MAX_TRACES
     assert f"more than {MAX_TRACES}" in report.fallbacks[0][1]
+
+
+def test_settings_that_are_used_are_traced_however_many_there_were(net: Net) -> None:
+    eager, compiled = pair(net)
+    for i in range(MAX_TRACES + 5):
+        for n in (2, 3, 2, 3):
+            x = torch.randn(n, 6)
+            agree(compiled(x, gain=float(i)), eager(x, gain=float(i)))
+    report = sfast.report(net)
+    assert (report.traces, report.fallbacks) == (MAX_TRACES + 5, [])
+    assert len(net.forward._traces) == MAX_TRACES and len(net.forward._plans) == 2 * MAX_TRACES
+    agree(compiled(x, gain=0.0), eager(x, gain=0.0))
+    assert sfast.report(net).traces == MAX_TRACES + 6
 
 
 def test_without_jit_the_eager_module_runs(net: Net) -> None:

@@ -1,5 +1,6 @@
 """One trace serves other shapes, values and weights; what a trace cannot know is refused or mended."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -65,14 +66,15 @@ def test_writes_through_data_are_kept() -> None:
     assert torch.equal(traced.run([], [x])[0], forward(x))
 
 
-def test_round_of_a_size_is_traced() -> None:
+@pytest.mark.parametrize("rounded", [round, math.trunc, math.floor, math.ceil, int])
+def test_rounding_of_a_size_is_traced(rounded: Callable[[Any], int]) -> None:
     def forward(x: Tensor) -> Tensor:
-        return x[:, : round(x.shape[1] / 2)]
+        return x[:, : rounded(x.shape[1] / 3)]
 
     traced, _ = _trace(forward, torch.randn(2, 8))
     x = torch.randn(2, 8)
-    assert torch.equal(traced.run([], [x])[0], x[:, :4])
-    assert not hasattr(Tensor, "__round__")
+    assert torch.equal(traced.run([], [x])[0], forward(x))
+    assert not any(hasattr(Tensor, name) for name in ("__round__", "__trunc__", "__floor__", "__ceil__"))
 
 
 def test_repeating_by_a_size_is_traced_without_an_index() -> None:
