@@ -1,0 +1,54 @@
+"""`python -m tests.soak --operations 2000 --seed 7 --device cuda`: prints each operation, and how to repeat a failure."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from tests.soak.operation import Step, choose
+from tests.soak.run import MIB, Run, load, run, shrink
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--operations", type=int, default=2000, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="of the sequence: the same seed is the same sequence")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--replay", nargs="+", type=Step.parse, help="these steps, as a failure prints them")
+    parser.add_argument("--shrink", type=float, default=120, help="seconds to look for a shorter failing sequence")
+    parser.add_argument("--growth", type=float, default=64, help="MiB by which memory may grow over the second half")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = options.replay or choose(options.operations, options.seed, torch.device(options.device))
+    original, started = load(options.device), time.monotonic()
+    result = run(original, steps, lambda line: print(line, flush=True))
+    print(f"\n{summary(result)}, {time.monotonic() - started:.0f} s")
+    if result.failure is not None:
+        print(f"\n{result.failure}\nfailed at {result.done[-1]}; looking for a shorter sequence")
+        shortest = shrink(original, result.done, options.shrink, lambda line: print(line, flush=True))
+        print(f"python -m tests.soak --device {options.device} --replay {' '.join(map(str, shortest))}")
+        return 1
+    grown = {what: result.growth(what) / MIB for what in ("host", "allocated", "reserved")}
+    print("growth over the second half:", ", ".join(f"{what} {size:.1f} MiB" for what, size in grown.items()))
+    return int(max(grown.values()) > options.growth)
+
+
+def summary(result: Run) -> str:
+    slowest = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.times.most_common(8))
+    compiled = result.draws - result.python
+    return (
+        f"{len(result.done)} operations: {result.draws} draws, {compiled} of them without Python's denoiser; "
+        f"in {result.raised} eager raised, and {result.flat} were flat; largest error {result.largest:.1e}; "
+        f"slowest: {slowest}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
