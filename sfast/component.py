@@ -37,6 +37,7 @@ T = TypeVar("T")
 MAX_PLANS = 1024  # shapes and structures remembered for one module; older ones are prepared again
 MAX_NOTES = 16  # different reasons of one module that are logged and reported
 MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
+USES = 3  # of a trace on average: then the oldest makes room for new ones
 
 
 class Component(StandIn):
@@ -59,6 +60,7 @@ class Component(StandIn):
         self.fallbacks: dict[str, None] = {}
         self._traces: dict[Hashable, list[Trace | EagerCall]] = {}
         self._traced = 0  # how often, over the whole life
+        self.uses = 0  # of traces
         self._version = self.state.version
         self._plans: dict[Hashable, Plan] = {}
         self._decisions = Decisions()
@@ -289,7 +291,8 @@ class Component(StandIn):
         known: list[tuple[Callable[[], Trace | EagerCall], bool]] = [
             (functools.partial(_itself, traced), False) for traced in reversed(self._traces.get(signature, []))
         ]
-        if sum(map(len, self._traces.values())) >= MAX_TRACES:
+        full = sum(map(len, self._traces.values())) >= MAX_TRACES
+        if full and self.uses < USES * self._traced:
             self.note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
             return known
 
@@ -298,10 +301,19 @@ class Component(StandIn):
                 return trace(self.eager, own, call, tensors, [])
 
         def fused() -> Trace:
+            if full:
+                self._make_room()
             with fallback.timed(f"{self.name}: tracing and rewriting"), adapters.left_out():
                 return trace(self.eager, own, call, tensors, self.fusions, self.config.enable_merged_linears)
 
         return [*known, (fused, False), (plain, True)]
+
+    def _make_room(self) -> None:
+        """Forget what was traced first."""
+        oldest = next(iter(self._traces))
+        del self._traces[oldest]
+        for key in [key for key in self._plans if oldest in (key, key[0])]:  # type: ignore[index]
+            launch.drop(self._plans.pop(key))
 
     def _give_up(
         self, signature: Hashable, shapes: Hashable | None, why: str, check: verify.Check | None, args: Any, kwargs: Any

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def run(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The flat output tensors of a plan's call."""
     assert plan.call is not None
+    component.uses += 1
     if _must_wait(component, plan):
         return plan.call.run(component.state.weights, tensors)
     wanted = plan.loop is None and plan.wants_graph(component.state.pointers)
