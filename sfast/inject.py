@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from sfast.adapters import is_adapted
 from sfast.fallback import logger, reason
+from sfast.undo import modules_of
 
 
 @contextlib.contextmanager
@@ -106,7 +107,7 @@ class _Plan:
         """Put the layers into the model; all memory is taken before anything is exchanged."""
         weights = [(_as(place.base, place.down), _as(place.base, place.up)) for place in self.places]
         model, name = self.model, self.name
-        if not any(map(is_adapted, model.modules())):
+        if not any(map(is_adapted, modules_of(model))):
             model.requires_grad_(False)  # as peft does for the first adapter
         alpha_of = _lookup(self.config.alpha_pattern, self.config.lora_alpha)
         for place, (down, up) in zip(self.places, weights, strict=True):
@@ -125,7 +126,7 @@ class _Plan:
         model._hf_peft_config_loaded = True
         if self.config.inference_mode:  # transformers'
             model.eval()
-            for layer in filter(is_adapted, model.modules()):
+            for layer in filter(is_adapted, modules_of(model)):
                 layer.requires_grad_(False)
 
 
@@ -181,7 +182,7 @@ def _is_free(model: Any, name: str) -> bool:
         return False
     if getattr(model, "_prepare_lora_hotswap_kwargs", None) is not None or getattr(model, "_hotswap_enabled", False):
         return False
-    return not any(_is_moved(vars(module)) for module in model.modules())
+    return not any(_is_moved(vars(module)) for module in modules_of(model))
 
 
 def _is_moved(attributes: dict[str, Any]) -> bool:

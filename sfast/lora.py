@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from sfast.adapters import is_adapted
-from sfast.fallback import reason
-from sfast.undo import Undo
+from sfast.fallback import logger, reason
+from sfast.undo import Undo, modules_of
 
 _NAME_OF_FILE = re.compile(r"file_\w*_[0-9a-f]{12}")  # of adapters that `swap_lora` has loaded
 _KINDS_OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -119,16 +119,15 @@ def _without_collection() -> Iterator[None]:
 
 def _overwritten(pipe: Any, parts: list[torch.nn.Module]) -> list[torch.Tensor]:
     """What loading writes to in place: norms, of which a file for FLUX may have new values."""
-    keys = getattr(pipe, "_control_lora_supported_norm_keys", ())
+    if not (keys := getattr(pipe, "_control_lora_supported_norm_keys", ())):
+        return []
     return [p for part in parts for name, p in part.named_parameters() if any(key in name for key in keys)]
 
 
 def _load(pipe: Any, adapters: list[tuple[str | os.PathLike[str], str]], options: Mapping[str, Any]) -> None:
     if not adapters:
         return
-    from sfast.inject import quick_loading  # needs peft
-
-    with quick_loading([part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]):
+    with _quick_loading([part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]):
         for adapter, name in adapters:
             try:
                 pipe.load_lora_weights(**{**_source(adapter), **options, "adapter_name": name})
@@ -138,6 +137,15 @@ def _load(pipe: Any, adapters: list[tuple[str | os.PathLike[str], str]], options
                 raise ValueError(f"`{adapter}` cannot be loaded, nothing has changed: {reason(error)}") from error
             if name not in _loaded(pipe):
                 raise ValueError(f"`{adapter}` has nothing for any part of this {type(pipe).__name__}.")
+
+
+def _quick_loading(parts: list[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
+    try:
+        from sfast.inject import quick_loading  # needs peft
+    except ImportError as error:  # another diffusers or peft: it can do it alone
+        logger.debug("adapters are loaded slowly: %s", reason(error))
+        return contextlib.nullcontext()
+    return quick_loading(parts)
 
 
 def _source(adapter: str | os.PathLike[str]) -> dict[str, str]:
@@ -152,7 +160,7 @@ def _source(adapter: str | os.PathLike[str]) -> dict[str, str]:
 def _layers(pipe: Any) -> list[Any]:
     """Every layer with adapters."""
     parts = [getattr(pipe, part) for part in pipe.get_list_adapters()]
-    return [layer for part in parts for layer in part.modules() if is_adapted(layer)]
+    return [layer for part in parts for layer in modules_of(part) if is_adapted(layer)]
 
 
 def _activate(pipe: Any, names: list[str], strengths: list[Any]) -> None:
