@@ -8,6 +8,7 @@ the classes of a module tree to everything that they may call outside of torch.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import operator
 import sys
@@ -22,10 +23,17 @@ Getter = Callable[[Any], tuple[Any, ...]]
 NUMBERS = (type(None), bool, int, float, complex, str)
 _METHODS = (staticmethod, classmethod, property)
 _NOT_OF_MODELS = (torch.nn.Module, object)  # tracing itself patches the first
-_NAMESPACES = (types.SimpleNamespace,)
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 # Their functions are followed, what they keep in their files is their own affair.
-_LIBRARIES = frozenset(("accelerate", "diffusers", "huggingface_hub", "numpy", "peft", "PIL", "sfast", "transformers"))
-_NOT_FOLLOWED = frozenset(("torch", "triton", "torchvision", "xformers", *sys.stdlib_module_names))
+_LIBRARIES = frozenset(("accelerate", "diffusers", "peft", "sfast", "transformers"))
+_NOT_FOLLOWED = frozenset(
+    (
+        *("torch", "torchvision", "triton", "xformers", "numpy", "scipy", "PIL", "cv2", "tqdm"),
+        *("huggingface_hub", "safetensors", "tokenizers"),
+        *sys.stdlib_module_names,
+    )
+)
+LARGE_ARRAY = 4096  # bytes: to compare more at every call takes too long
 
 
 def is_users(name: str | None) -> bool:
@@ -77,6 +85,17 @@ def is_followed(function: Any) -> bool:
 def getter(names: tuple[str, ...]) -> Getter:
     """What gets the values of these names out of a namespace, as a tuple."""
     return operator.itemgetter(*names) if len(names) > 1 else lambda place: tuple([place[name] for name in names])
+
+
+def is_small_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy's whose contents are compared at every call."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.nbytes <= LARGE_ARRAY
+
+
+def in_array(array: Any) -> str:
+    """The contents of an array of NumPy's: the same object for the same values, while somebody keeps it."""
+    return sys.intern(f"{array.dtype} {array.shape} {array.tobytes().hex()}")
 
 
 def in_cell(cell: types.CellType) -> Any:

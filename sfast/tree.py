@@ -279,6 +279,9 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
             tree.places.append(value)
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
+    elif patches.is_small_array(value):
+        tree.attributes[path] = patches.in_array(value)
+        tree.watch_values(patches.in_array, value)
     else:
         tree.attributes[path] = (type(value),)
         if patches.has_state(value) and id(value) not in tree.seen and tree.objects < MAX_OBJECTS:

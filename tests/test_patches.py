@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,7 @@ class Controller:
 
     def __init__(self) -> None:
         self.factor, self.deep, self.steps = 2.0, {"factors": [2.0]}, 0
+        self.array = np.full((2, 2), 2.0)
         self.slotted, self.modes = types.SimpleNamespace(inner=Slotted()), {2.0}
         self.seen: list[Tensor] = []
 
@@ -162,6 +164,7 @@ def set_factor(monkeypatch: pytest.MonkeyPatch, controller: Controller, value: f
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
     monkeypatch.setattr(Processor, "of_class", value)
     controller.factor = controller.slotted.inner.factor = value
+    controller.array[:] = value
     controller.modes.clear()
     controller.modes.add(value)
     controller.deep["factors"][0] = value
@@ -173,6 +176,7 @@ READERS = {
     "closure": of_closure,
     "partial": of_partial,
     "slot": lambda controller: lambda _: controller.slotted.inner.factor,
+    "array": lambda controller: lambda _: float(controller.array[0, 1]),
     "set": lambda controller: lambda _: max(controller.modes),
     "method": lambda controller: Method(controller).factor,
     "class": lambda controller: lambda processor: processor.of_class,
