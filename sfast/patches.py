@@ -72,8 +72,10 @@ def read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     place = function.__globals__
     own = is_users(place.get("__name__"))
     for name in _names(function.__code__):
-        if name in place and not isinstance(value := place[name], (type, types.ModuleType)) and (own or is_code(value)):
-            yield name, value
+        if name in place and not isinstance(value := place[name], (type, types.ModuleType)):
+            # None in a library's file is a cache that is not filled yet: transformers fills one when a LoRA is loaded.
+            if own or (is_code(value) and value is not None):
+                yield name, value
 
 
 def is_followed(function: Any) -> bool:
