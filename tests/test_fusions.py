@@ -215,3 +215,14 @@ def test_a_field_switches_its_fusions_off() -> None:
     assert not names & {"rotary", "rms_norm_rotary", "cat_rms_norm"} and {"rms_norm", "gate_add"} < names
     names = {fusion.name for fusion in chosen_fusions(CompilationConfig(enable_fused_attention=False))}
     assert "attention" not in names and "conv2d_add" in names
+
+
+def test_a_norm_whose_factor_is_computed_is_no_rms_norm_with_a_weight() -> None:
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        return (x * torch.rsqrt(variance + 1e-6)).to(x.dtype) * (1 + scale)
+
+    tensors = (torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+    traced = _trace(forward, tensors)
+    assert traced.fusions["rms_norm"] == 0
+    _agrees(traced, forward, tensors)

@@ -40,6 +40,13 @@ def _has_one_dimension(shape: Any) -> bool:
     return shape.node().kind() == "prim::Constant" and len(shape.toIValue()) == 1
 
 
+def _is_given(weight: Any) -> bool:
+    """Whether a factor is somebody's parameter, whatever its dtype: `1 + scale` is computed, and another for each sample."""
+    while weight.node().kind() in ("aten::to", "aten::type_as", "aten::float"):
+        weight = weight.node().inputsAt(0)
+    return bool(weight.node().kind() == "prim::Param")
+
+
 RMS_NORM = [
     Fusion(
         "rms_norm",
@@ -50,7 +57,9 @@ RMS_NORM = [
         implied=("normalized_shape",),
     ),
     *(
-        Fusion("rms_norm", spelling, (_HEADS.to(dtype), _WEIGHT.to(dtype), _EPS), needs=_TRITON)
+        Fusion(
+            "rms_norm", spelling, (_HEADS.to(dtype), _WEIGHT.to(dtype), _EPS), needs=_TRITON, only={"weight": _is_given}
+        )
         for spelling in (_rounded, _widened)
         for dtype in _DTYPES
     ),
