@@ -72,10 +72,11 @@ def read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     place = function.__globals__
     own = is_users(place.get("__name__"))
     for name in _names(function.__code__):
-        if name in place and not isinstance(value := place[name], (type, types.ModuleType)):
-            # None in a library's file is a cache that is not filled yet: transformers fills one when a LoRA is loaded.
-            if own or (is_code(value) and value is not None):
-                yield name, value
+        value = place.get(name, torch)  # a module is of no interest, present or not
+        # None in a library's file is a cache that is not filled yet: transformers fills one when a LoRA is loaded.
+        watched = own or (is_code(value) and value is not None)
+        if watched and not isinstance(value, (type, types.ModuleType)):
+            yield name, value
 
 
 def is_followed(function: Any) -> bool:
