@@ -44,7 +44,7 @@ def _is_given(weight: Any) -> bool:
     """Whether a factor is somebody's parameter, whatever its dtype: `1 + scale` is computed, and another for each sample."""
     while weight.node().kind() in ("aten::to", "aten::type_as", "aten::float"):
         weight = weight.node().inputsAt(0)
-    return bool(weight.node().kind() == "prim::Param")
+    return weight.node().kind() in ("prim::Param", "prim::Constant")
 
 
 RMS_NORM = [
