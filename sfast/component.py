@@ -29,7 +29,7 @@ from sfast.lora import take_scale
 from sfast.placement import Placement
 from sfast.plan import Ahead, EagerCall, Plan, RandomOffset, Rest
 from sfast.state import ModuleState
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten, kind_of_sizes
 from sfast.trace import Trace, is_tracing, trace
 
 T = TypeVar("T")
@@ -269,6 +269,7 @@ class Component(StandIn):
                 if last_resort:
                     self.note(f"runs without fusions at {describe_shapes(tensors)}: with them, {failure}")
                 self._plans[signature, shapes] = plan
+                traced.served.add(kind_of_sizes(tensors))
                 known = self._traces.setdefault(signature, [])
                 if traced not in known:
                     known.append(traced)
@@ -287,9 +288,11 @@ class Component(StandIn):
         """Ways to compute this call, best first: a trace of another shape, a new one, one without fusions (and True)."""
         if not self.config.enable_jit:
             return [(functools.partial(EagerCall, self.eager, call), False)]
-        own, adapters = self.state.own, self.state.adapters
+        own, adapters, kind = self.state.own, self.state.adapters, kind_of_sizes(tensors)
+        traces = [*reversed(self._traces.get(signature, []))]
+        traces.sort(key=lambda traced: kind not in traced.served)
         known: list[tuple[Callable[[], Trace | EagerCall], bool]] = [
-            (functools.partial(_itself, traced), False) for traced in reversed(self._traces.get(signature, []))
+            (functools.partial(_itself, traced), False) for traced in traces
         ]
         full = sum(map(len, self._traces.values())) >= MAX_TRACES
         if full and self.uses < USES * self._traced:

@@ -69,6 +69,7 @@ class GraphRunner:
             self.inputs = [torch.empty_like(tensor, device=pool.device).copy_(tensor) for tensor in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []  # what the graph writes to outside of the pool; it goes with the graph
         self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
@@ -81,6 +82,11 @@ class GraphRunner:
         """Give the graph and its buffers up."""
         self.graph = None
         self.inputs, self.outputs, self.driver_bytes = [], [], 0
+        self.kept.clear()
+
+    def memory(self) -> int:
+        """Bytes outside of the pool."""
+        return self.driver_bytes + sum(tensor.untyped_storage().nbytes() for tensor in (*self.inputs, *self.kept))
 
 
 class GraphPool:
@@ -104,6 +110,7 @@ class GraphPool:
         inputs: list[torch.Tensor],
         budget: int | None = None,
         beside: GraphRunner | None = None,
+        small: bool = False,
     ) -> GraphRunner:
         """Capture `function(inputs)`, dropping older graphs where memory asks for it.
 
@@ -113,6 +120,7 @@ class GraphPool:
             budget: bytes that all graphs of this GPU may hold afterwards; None means a quarter of the memory that is free
                 or theirs by then.
             beside: a graph that this one is of no use without: it is not dropped.
+            small: it needs so little memory that looking for some first would take longer than all the rest.
 
         Raises:
             OverBudget: this graph alone needs more than the budget.
@@ -120,7 +128,7 @@ class GraphPool:
             RuntimeError: the capture failed; nothing of it is left.
         """
         with self._lock, self._on_device():
-            runner = self._capture_in_what_is_free(function, inputs, beside)
+            runner = self._capture_in_what_is_free(function, inputs, beside, small)
             needed = self.memory()
             allowed = (self.free() + needed) // SHARE if budget is None else budget
             kept = {runner} if beside is None else {runner, beside}
@@ -130,7 +138,7 @@ class GraphPool:
             if needed > allowed and beside is None:
                 # Blocks of a shared pool return to the driver only with its last graph: start it anew with this one.
                 self._release(runner)
-                runner = self._capture(function, inputs)
+                runner = self._capture(function, inputs, lean=True)
                 needed = self.memory()
             if needed > allowed:
                 self._release(runner)
@@ -138,19 +146,19 @@ class GraphPool:
             return runner
 
     def _capture_in_what_is_free(
-        self, function: Function, inputs: list[torch.Tensor], beside: GraphRunner | None
+        self, function: Function, inputs: list[torch.Tensor], beside: GraphRunner | None, small: bool
     ) -> GraphRunner:
         try:
-            return self._capture(function, inputs)
+            return self._capture(function, inputs, lean=not small)
         except Exception as error:
-            if not is_out_of_memory(error) or len(self._runners) <= (beside is not None):
+            if not is_out_of_memory(error) or (len(self._runners) <= (beside is not None) and not small):
                 raise
             logger.debug("no memory for one more graph beside %d others: %s", len(self._runners), error)
         # Here the error is gone, and with it what its frames have held.
         self.make_room(beside)
-        return self._capture(function, inputs)
+        return self._capture(function, inputs, lean=True)
 
-    def _capture(self, function: Function, inputs: list[torch.Tensor]) -> GraphRunner:
+    def _capture(self, function: Function, inputs: list[torch.Tensor], lean: bool) -> GraphRunner:
         others = list(self._runners)  # none of them goes with its module while this one joins its pool
         if all(other.handle != self.handle for other in others):
             self.handle = self._new_handle()  # a pool whose last graph is gone cannot be used again
@@ -160,15 +168,17 @@ class GraphPool:
             self._capture_stream = torch.cuda.Stream(self.device)
         stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with timed("  emptying the cache"):
-            torch.cuda.empty_cache()  # what running eager needed, warming up needs again on its own stream
+        if lean:
+            with timed("  emptying the cache"):
+                torch.cuda.empty_cache()  # what running eager needed, warming up needs again on its own stream
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
                 # Compiles kernels, chooses plans, allocates workspaces of this stream.
                 if not rehearse(lambda: function(runner.inputs), self.device):
                     function(runner.inputs)
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
+            if lean:
+                torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
             with _no_garbage_collection(), timed("  capturing"):
                 graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
@@ -278,7 +288,7 @@ class GraphPool:
             if not self._runners:
                 return 0  # what is cached for the next capture is free for everybody
             segments = sum(segment["total_size"] for segment in self._segments())
-            return segments + sum(runner.driver_bytes for runner in self._runners)
+            return segments + sum(runner.memory() for runner in self._runners)
 
     def _segments(self) -> list[dict[str, Any]]:
         """The blocks of memory that graphs were captured in."""

@@ -180,7 +180,8 @@ class Loop:
             copy(results, kept)
             return []
 
-        before = pool.capture(prologue, tensors, self._budget)
+        before = pool.capture(prologue, tensors, self._budget, small=True)
+        before.kept = kept
         statics = before.inputs
 
         def body(changing: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -45,6 +45,7 @@ class Trace:
     fusions: Counter[str]
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
     changes: Changes = ()  # what the call does to its arguments' containers
+    served: set[Hashable] = dataclasses.field(default_factory=set)  # kinds of sizes that it was right for
     hoisted: Split | None = None  # the two parts that have proved right, to begin with at the next shape
     guard: Guard | None = None  # computes by what values Python took its way through the module
 

@@ -49,7 +49,7 @@ class Pool(GraphPool):
         self._segments_of: dict[int, int] = {}  # bytes that a graph needed, by its id
         super().__init__(CPU)
 
-    def _capture(self, function: Function, inputs: list[Tensor]) -> GraphRunner:
+    def _capture(self, function: Function, inputs: list[Tensor], lean: bool) -> GraphRunner:
         self.captures += 1
         runner = GraphRunner(self, inputs)
         function(runner.inputs)  # warms up

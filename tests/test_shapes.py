@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sfast
 from benchmarks import shapes
-from sfast import CompilationConfig, native
+from sfast import CompilationConfig, launch, native
 from sfast.kernels import nearby
 from tests.graphs import Pool, pool
 from tests.tiny import TINY, WIDTH, sdxl_unet
@@ -105,6 +105,18 @@ def test_parts_that_are_wrong_at_another_shape_are_not_used(pool: Pool, said: An
         assert error(mine, expected) < 1e-5
     assert sfast.report(compiled).traces == 2  # traced anew for that shape
     assert said() == []
+
+
+def test_sizes_that_leave_a_rest_have_a_trace_of_their_own_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = unets()
+    tries: list[int] = []
+    capture = launch.capture_if_possible
+    monkeypatch.setattr(launch, "capture_if_possible", lambda *args: tries.append(1) or capture(*args))
+    for sides in [(16, 16), (9, 7), (8, 12), (11, 13), (12, 8), (7, 9), (24, 8), (16, 32)]:
+        inputs = steps((2, *sides))
+        assert max(map(error, run(compiled, inputs), run(eager, inputs))) < 1e-5, sides
+    assert sfast.report(compiled).traces == 2
+    assert len(tries) == 8 + 1  # the first trace is tried once where a size leaves a rest, and then no more
 
 
 # Memory.
