@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfast.kernels import linear_cat, modulate, rms_norm, rotary
+from sfast.kernels import linear_cat, modulate, modulate_sums, rms_norm, rotary
 
 
 class Case(NamedTuple):
@@ -87,6 +87,15 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
 
     name, reference = "gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference
     yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_wide, reference, gated, 10 * T * C, 0)
+
+    def summed() -> tuple:
+        table = randn(1, 1, 6 * C, std=0.3).float().view(1, 1, 6, C).chunk(6, 2)
+        each = randn(1, T, 6 * C, std=0.3).view(1, T, 6, C).chunk(6, 2)
+        modulation = (table[1], each[1], table[0], each[0])
+        return randn(1, T, C), randn(1, T, C), table[2], each[2], [C], None, None, 1e-6, *modulation
+
+    name, reference = "gate_add_layer_norm_modulate_sums", modulate_sums.gate_add_layer_norm_modulate_sums_reference
+    yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_sums, reference, summed, 7 * T * C, 0)
 
     def rows() -> tuple:
         return randn(1, T, 3 * C).split(C, -1)[0], randn(C), 1e-6

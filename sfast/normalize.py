@@ -18,6 +18,7 @@ def normalize(graph: Any) -> None:
     """Spell every idea in one way, so that one pattern finds it."""
     _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
     _interleave(graph)
+    _sum_parts(graph)
     torch._C._jit_pass_erase_shape_information(graph)
     torch._C._jit_pass_inline(graph)
     torch._C._jit_pass_lower_all_tuples(graph)
@@ -132,6 +133,54 @@ def _interleaved(node: Any, writers: list[Any]) -> int | None:
         return None
     rank = len(whole.sizes())
     return int(dims[0] % rank - rank)
+
+
+def _sum_parts(graph: Any) -> None:
+    """`(table + x).chunk(n)` is the sum of chunks where x [B, T, n, C] is large: its parts are read apart, and need no sum."""
+    for node in [node for node in graph.nodes() if node.kind() == "aten::chunk"]:
+        total, users = node.inputsAt(0).node(), [use.user for use in node.output().uses()]
+        if len(users) != 1 or users[0].kind() != "prim::ListUnpack" or not _spreads_a_table(total):
+            continue
+        unpack = users[0]
+        parts = []
+        for value in list(total.inputs())[:2]:
+            cast = value.node() if value.node().kind() == "aten::to" and value.node().inputsSize() == 5 else None
+            chunk = graph.create(
+                "aten::chunk", [value if cast is None else cast.inputsAt(0), *list(node.inputs())[1:]], 1
+            )
+            chunk.output().setType(torch._C.ListType.ofTensors())
+            pieces = graph.create("prim::ListUnpack", [chunk.output()], unpack.outputsSize())
+            chunk.insertBefore(unpack)
+            pieces.insertBefore(unpack)
+            parts.append([_converted(graph, piece, cast, unpack) for piece in pieces.outputs()])
+        for old, a, b in zip(unpack.outputs(), *parts, strict=True):
+            piece = graph.create("aten::add", [a, b, total.inputsAt(2)], 1)
+            piece.insertBefore(unpack)
+            old.replaceAllUsesWith(piece.output())
+        unpack.destroy()
+        node.destroy()
+
+
+def _converted(graph: Any, piece: Any, cast: Any | None, before: Any) -> Any:
+    if cast is None:
+        return piece
+    converted = graph.create("aten::to", [piece, *list(cast.inputs())[1:]], 1)
+    converted.insertBefore(before)
+    return converted.output()
+
+
+def _spreads_a_table(total: Any) -> bool:
+    """Whether a value that one operator reads is the sum of [.., n, C], the same for all tokens, and [B, T, n, C]."""
+    if total.kind() != "aten::add" or total.inputsSize() != 3 or len(total.output().uses()) != 1:
+        return False
+    kinds = [total.output().type(), *(value.type() for value in list(total.inputs())[:2])]
+    known = [kind.sizes() if kind.kind() == "TensorType" else None for kind in kinds]
+    sizes = [size for size in known if size is not None and len(size) == 4]
+    if len(sizes) != 3:
+        return False
+    whole, *operands = sizes
+    alike = all(size[2:] == whole[2:] for size in operands)
+    return alike and whole[1] > 1 and sorted(size[1] for size in operands) == [1, whole[1]]
 
 
 def _simplify_sizes(graph: Any) -> None:

@@ -177,7 +177,9 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
     other = value.node()
     if other.kind() != node.kind() or value.offset() != wanted.offset() or other.inputsSize() != node.inputsSize():
         return
-    bound = {**bound, key: value}
+    if other.outputsSize() != node.outputsSize():
+        return
+    bound = {**bound, **dict(zip(_ids(node.outputs()), other.outputs(), strict=True))}  # a result may be its sibling
     wanted_inputs, inputs = list(node.inputs()), list(other.inputs())
     orders = [inputs]
     if _commutes(other, inputs):

@@ -63,6 +63,22 @@ def _modulated_wide(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     return _modulated(total.float(), row).type_as(total), total
 
 
+TABLE, EACH = torch.randn(1, 3, 8), torch.randn(2, 3, 3, 8).bfloat16()  # shift, scale and gate, and those of each token
+
+
+def _parts(table: Tensor, each: Tensor, alpha: float = 1) -> tuple[Tensor, ...]:
+    return tuple(part.squeeze(2) for part in torch.add(table.unsqueeze(0), each.float(), alpha=alpha).chunk(3, dim=2))
+
+
+def _modulated_by(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (F.layer_norm(x.float(), [8]) * (1 + scale) + shift).type_as(x)
+
+
+def _gated_by(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    total = (x.float() + y * gate).type_as(x)
+    return _modulated_by(total, shift, scale), total
+
+
 TRANSFORMER_CASES = [
     Case(
         "rms_norm",
@@ -227,5 +243,28 @@ TRANSFORMER_CASES = [
         None,
         lambda x, y: torch.cat([x, x + 1], dim=3),
         (TEXT, TOKENS),
+    ),
+    Case(
+        "layer_norm_modulate_sums",
+        lambda x, t, e: _modulated_by(x, *_parts(t, e)[:2]),
+        twice(lambda x, t, e: _parts(t, e), lambda m: _modulated_by(HALF, *m[:2])),
+        lambda x, t, e: _modulated_by(x, *_parts(t, e, alpha=2)[:2]),
+        (HALF, TABLE, EACH),
+    ),
+    Case(
+        "gate_add_layer_norm_sums",
+        lambda x, y, t, e: _normed_wide((x.float() + y * _parts(t, e)[2]).type_as(x)),
+        twice(
+            lambda x, y, t, e: _parts(t, e)[2], lambda m: _normed_wide((HALF.float() + (HALF + 1) * m).type_as(HALF))
+        ),
+        lambda x, y, t, e: _normed_wide((x.float() + y * _parts(t, e, alpha=2)[2]).type_as(x)),
+        (HALF, HALF + 1, TABLE, EACH),
+    ),
+    Case(
+        "gate_add_layer_norm_modulate_sums",
+        lambda x, y, t, e: _gated_by(x, y.float(), *_parts(t, e)),
+        twice(lambda x, y, t, e: _parts(t, e), lambda m: _gated_by(HALF, HALF + 1, *m)),
+        lambda x, y, t, e: _gated_by(x, y, *_parts(t, e, alpha=2)),
+        (HALF, HALF + 1, TABLE, EACH),
     ),
 ]

@@ -39,6 +39,7 @@ from sfast.fusions.modulate import (
     LAYER_NORM_WIDE,
     RMS_NORM_SCALE,
 )
+from sfast.fusions.modulate_sums import MODULATE_SUMS
 from sfast.fusions.rotary import (
     CAT_RMS_NORM,
     CAT_RMS_NORM_ROTARY,
@@ -71,6 +72,7 @@ FUSIONS: list[Fusion] = [
     RMS_NORM_ROTARY_COMPLEX,
     CAT_RMS_NORM,
     *LAYER_NORM_WIDE,  # before the others, which would leave the conversions; the longest first
+    *MODULATE_SUMS,  # made of the operators before
     GATE_ADD_LAYER_NORM_MODULATE,  # the longest first; before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
     ADD_LAYER_NORM_MODULATE,
     LAYER_NORM_MODULATE,

@@ -96,7 +96,7 @@ LAYER_NORM_WIDE = [
             ("gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference, _NORM),
             ("gate_add_layer_norm_wide", modulate.gate_add_layer_norm_wide_reference, _WIDE_NORM),
         )
-        for pattern in (spelled, _of_wide(spelled))
+        for pattern in (_of_wide(spelled), spelled)  # the longer first
     ),
     Fusion(
         "layer_norm_modulate_wide",
@@ -108,6 +108,6 @@ LAYER_NORM_WIDE = [
     Fusion("layer_norm_wide", modulate.layer_norm_wide_reference, (_HALF, *_WIDE_NORM), needs=_NEEDS, shared=_CAST),
     *(
         Fusion("gate_add_wide", pattern, (_HALF, _HALF + 1, _ROW), needs=_NEEDS, only=_GATE, shared=_CAST)
-        for pattern in (modulate.gate_add_wide_reference, _of_wide(modulate.gate_add_wide_reference))
+        for pattern in (_of_wide(modulate.gate_add_wide_reference), modulate.gate_add_wide_reference)
     ),
 ]

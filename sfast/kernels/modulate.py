@@ -169,6 +169,11 @@ class Job(NamedTuple):
     shift: Tensor | None = None
     rms: bool = False  # an RMSNorm instead
     wide: bool = False  # parameters, gate, scale and shift may be fp32
+    more: tuple[Tensor | None, Tensor | None, Tensor | None] = (
+        None,
+        None,
+        None,
+    )  # to be added to gate, scale and shift
 
     @property
     def normalizes(self) -> bool:
@@ -193,8 +198,10 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.SCALE: job.scale is not None,
         bits.ONE: job.one,
         bits.SHIFT: job.shift is not None,
+        bits.MORE: any(part is not None for part in job.more),
     }
-    strides = [stride for part in (job.gate, job.scale, job.shift) for stride in _strides(part, x)]
+    added = next((part for part in job.more if part is not None), None)
+    strides = [stride for part in (job.gate, job.scale, job.shift, added) for stride in _strides(part, x)]
     UNIT = 1 if any(stride % 8 for stride in strides) else 8
     WIDTH = triton.next_power_of_2(width)
     ROWS = max(1, min(TILE // WIDTH, triton.next_power_of_2(rows // PROGRAMS)))
@@ -202,6 +209,7 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         x,
         x if job.y is None else job.y.contiguous(),
         *(x if part is None else part for part in (job.weight_y, job.gate, job.weight, job.bias, job.scale, job.shift)),
+        *(x if part is None else part for part in job.more),
         out,
         total,
         rows,
@@ -242,8 +250,10 @@ def takes(job: Job) -> bool:
     for part in (job.weight_y, job.weight, job.bias):
         if part is not None and not (part.shape == x.shape[-1:] and part.stride(0) == 1 and _alike(part, x, job.wide)):
             return False
-    rows = [part for part in (job.gate, job.scale, job.shift) if part is not None]
-    return all(_broadcasts(part, x) and _alike(part, x, job.wide) for part in rows)
+    rows = [part for part in (job.gate, job.scale, job.shift, *job.more) if part is not None]
+    if not all(_broadcasts(part, x) and _alike(part, x, job.wide) for part in rows):
+        return False
+    return len({(_strides(part, x), part.dtype) for part in job.more if part is not None}) <= 1
 
 
 def _alike(part: Tensor, x: Tensor, wide: bool = False) -> bool:
@@ -327,7 +337,8 @@ def _gate_rms_norm_add_rms_norm_scale(
     return Job(x, y, gate, weight_y, eps_y, weight=weight, eps=eps, rms=True, scale=scale)
 
 
-def _define(schema: str, reference: Callable[..., Any], job: Callable[..., Job]) -> None:
+def define_job(schema: str, reference: Callable[..., Any], job: Callable[..., Job]) -> None:
+    """Register an operator that does what `job` says of its arguments."""
     two = schema.endswith(")")
 
     def launch(*args: Any) -> Any:
@@ -344,42 +355,42 @@ def _define(schema: str, reference: Callable[..., Any], job: Callable[..., Job])
 _PLAIN = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps"
 _NORM = f"{_PLAIN}, Tensor scale, Tensor shift"
 _RMS_Y = "Tensor x, Tensor y, Tensor weight_y, float eps_y, Tensor gate"
-_define(f"layer_norm_modulate(Tensor x, {_NORM}) -> Tensor", layer_norm_modulate_reference, _layer_norm_modulate)
-_define(
+define_job(f"layer_norm_modulate(Tensor x, {_NORM}) -> Tensor", layer_norm_modulate_reference, _layer_norm_modulate)
+define_job(
     f"add_layer_norm_modulate(Tensor x, Tensor y, {_NORM}) -> (Tensor, Tensor)",
     add_layer_norm_modulate_reference,
     _add_layer_norm_modulate,
 )
-_define(
+define_job(
     f"gate_add_layer_norm_modulate(Tensor x, Tensor y, Tensor gate, {_NORM}) -> (Tensor, Tensor)",
     gate_add_layer_norm_modulate_reference,
     _gate_add_layer_norm_modulate,
 )
-_define(f"layer_norm_wide(Tensor x, {_PLAIN}) -> Tensor", layer_norm_wide_reference, _layer_norm_wide)
-_define(
+define_job(f"layer_norm_wide(Tensor x, {_PLAIN}) -> Tensor", layer_norm_wide_reference, _layer_norm_wide)
+define_job(
     f"layer_norm_modulate_wide(Tensor x, {_NORM}) -> Tensor",
     layer_norm_modulate_wide_reference,
     _layer_norm_modulate_wide,
 )
-_define(
+define_job(
     f"gate_add_layer_norm_wide(Tensor x, Tensor y, Tensor gate, {_PLAIN}) -> (Tensor, Tensor)",
     gate_add_layer_norm_wide_reference,
     _gate_add_layer_norm_wide,
 )
-_define(
+define_job(
     f"gate_add_layer_norm_modulate_wide(Tensor x, Tensor y, Tensor gate, {_NORM}) -> (Tensor, Tensor)",
     gate_add_layer_norm_modulate_wide_reference,
     _gate_add_layer_norm_modulate_wide,
 )
-_define("gate_add_wide(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_wide_reference, _gate_add_wide)
-_define("gate_add(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_reference, _gate_add)
-_define(
+define_job("gate_add_wide(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_wide_reference, _gate_add_wide)
+define_job("gate_add(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_reference, _gate_add)
+define_job(
     "rms_norm_scale(Tensor x, Tensor weight, float eps, Tensor scale) -> Tensor",
     rms_norm_scale_reference,
     _rms_norm_scale,
 )
-_define(f"gate_rms_norm_add({_RMS_Y}) -> Tensor", gate_rms_norm_add_reference, _gate_rms_norm_add)
-_define(
+define_job(f"gate_rms_norm_add({_RMS_Y}) -> Tensor", gate_rms_norm_add_reference, _gate_rms_norm_add)
+define_job(
     f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, Tensor weight, float eps, Tensor scale) -> (Tensor, Tensor)",
     gate_rms_norm_add_rms_norm_scale_reference,
     _gate_rms_norm_add_rms_norm_scale,

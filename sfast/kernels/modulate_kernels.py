@@ -6,13 +6,13 @@ from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
 # Bits of `flags`; a run-time value, so that all variants share one compilation.
-ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT = (1 << bit for bit in range(11))
+ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE = (1 << bit for bit in range(12))
 
 
 @triton.jit(
     do_not_specialize=[
         *("rows", "T", "flags", "eps", "eps_y", "gate_batch", "gate_token", "scale_batch", "scale_token"),
-        *("shift_batch", "shift_token"),
+        *("shift_batch", "shift_token", "more_batch", "more_token"),
     ]
 )
 def modulate_rows(
@@ -24,6 +24,9 @@ def modulate_rows(
     bias: tl.tensor,
     scale: tl.tensor,
     shift: tl.tensor,
+    gate_more: tl.tensor,
+    scale_more: tl.tensor,
+    shift_more: tl.tensor,
     out: tl.tensor,
     total: tl.tensor,
     rows: tl.tensor,
@@ -35,6 +38,8 @@ def modulate_rows(
     scale_token: tl.tensor,
     shift_batch: tl.tensor,
     shift_token: tl.tensor,
+    more_batch: tl.tensor,
+    more_token: tl.tensor,
     eps: tl.tensor,
     eps_y: tl.tensor,
     flags: tl.tensor,
@@ -50,6 +55,8 @@ def modulate_rows(
     live = lane < width
     mask = (row < rows)[:, None] & live[None, :]
     offset = row.to(tl.int64)[:, None] * width + lane[None, :]
+    more = (batch * more_batch + token * more_token) * UNIT + lane[None, :]
+    has_more = mask & (lane < width * (flags >> 11 & 1))[None, :]
 
     wait_for_previous_kernel(OVERLAP)
     v = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
@@ -60,7 +67,8 @@ def modulate_rows(
             w = w * spread[:, None] * tl.load(weight_y + lane, mask=live, other=0).to(tl.float32)[None, :]
         if flags & 2 != 0:  # GATE
             g = gate + (batch * gate_batch + token * gate_token) * UNIT + lane[None, :]
-            w = w * tl.load(g, mask=mask, other=0).to(tl.float32)
+            g_more = tl.load(gate_more + more, mask=has_more, other=0).to(tl.float32)
+            w = w * (tl.load(g, mask=mask, other=0).to(tl.float32) + g_more)
         v += w
     if flags & 8 != 0:  # TOTAL
         tl.store(total + offset, v.to(total.dtype.element_ty), mask=mask)
@@ -74,8 +82,10 @@ def modulate_rows(
         v = v * factor[None, :] + term[None, :]
     if flags & 256 != 0:  # SCALE, and ONE
         s = scale + (batch * scale_batch + token * scale_token) * UNIT + lane[None, :]
-        v = v * (tl.load(s, mask=mask, other=0).to(tl.float32) + (flags >> 9 & 1))
+        s_more = tl.load(scale_more + more, mask=has_more, other=0).to(tl.float32)
+        v = v * (tl.load(s, mask=mask, other=0).to(tl.float32) + s_more + (flags >> 9 & 1))
     if flags & 1024 != 0:  # SHIFT
         s = shift + (batch * shift_batch + token * shift_token) * UNIT + lane[None, :]
-        v = v + tl.load(s, mask=mask, other=0).to(tl.float32)
+        s_more = tl.load(shift_more + more, mask=has_more, other=0).to(tl.float32)
+        v = v + tl.load(s, mask=mask, other=0).to(tl.float32) + s_more
     tl.store(out + offset, v.to(out.dtype.element_ty), mask=mask)

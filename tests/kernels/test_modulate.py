@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfast.kernels import modulate
+from sfast.kernels import modulate, modulate_sums
 from tests.kernels.fp64 import assert_close_to_fp64
 
 ops = torch.ops.sfast
@@ -79,6 +79,34 @@ def test_modulation_in_fp32(kind, dtype, device, runs_kernel) -> None:
         result = getattr(ops, name)(*inputs)
         reference = getattr(modulate, f"{name}_reference")
         assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_table_and_something_for_every_token(dtype, device, runs_kernel) -> None:
+    B, T, C = 2, 5, 40
+    x, y = (torch.randn(B, T, C, device=device).to(dtype) for _ in range(2))
+    tables = (0.5 * torch.randn(1, 1, 6, C, device=device)).chunk(6, 2)
+    tokens = (0.5 * torch.randn(B, T, 6, C, device=device)).to(dtype).chunk(6, 2)
+    norm = ([C], torch.randn(C, device=device), torch.randn(C, device=device), 1e-6)
+    modulation = (tables[1], tokens[1], tables[0], tokens[0])
+    if runs_kernel:
+        assert modulate.takes(modulate_sums._layer_norm_modulate_sums(x, *norm, *modulation))
+    for name, part, inputs in [
+        ("layer_norm_modulate_sums", None, (x, *norm, *modulation)),
+        *(("gate_add_layer_norm_sums", part, (x, y, tables[2], tokens[5], *norm)) for part in (0, 1)),
+        *(
+            ("gate_add_layer_norm_modulate_sums", part, (x, y, tables[2], tokens[5], *norm, *modulation))
+            for part in (0, 1)
+        ),
+    ]:
+        result = getattr(ops, name)(*inputs)
+        reference = getattr(modulate_sums, f"{name}_reference")
+        assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
+    mixed = (x, *norm, tables[1], tokens[1], tables[0], tokens[0].float())
+    assert not modulate.takes(modulate_sums._layer_norm_modulate_sums(*mixed))  # of two precisions
+    torch.testing.assert_close(
+        ops.layer_norm_modulate_sums(*mixed), modulate_sums.layer_norm_modulate_sums_reference(*mixed)
+    )
 
 
 def test_several_rows_to_a_program(device, monkeypatch) -> None:
