@@ -168,7 +168,7 @@ def _plan_for_text_encoder(
     if not _is_free(model, adapter_name):
         return None
     config = copy.copy(peft_config)
-    config.inference_mode = True  # as transformers does
+    config.inference_mode = int(transformers.__version__.split(".")[0]) >= 5
     bases = _bases(model, adapter_state_dict)
     sketch = _Sketch(bases)
     with warnings.catch_warnings():
@@ -317,16 +317,16 @@ def _wrapped(place: _Place, pattern: Any) -> Any:
     layer = _copied(pattern, {id(pattern.base_layer): place.base})
     if "kwargs" in vars(layer):
         of_place = {"target_name": place.path, "device_map": {"": place.base.weight.device}}
-        layer.kwargs = {key: of_place.get(key, value) for key, value in layer.kwargs.items()}
+        told = {key for key, value in layer.kwargs.items() if value is not None}
+        layer.kwargs |= {key: value for key, value in of_place.items() if key in told}
     setattr(place.parent, place.path.rpartition(".")[2], layer)
     return layer
 
 
 def _add_entries(layer: Any, pattern: Any, name: str) -> None:
     """Give a layer of peft's the adapter that another one has, in every container that is by adapters' names."""
-    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-        entries = getattr(pattern, attribute, None)
-        if isinstance(entries, (dict, nn.ModuleDict)) and name in entries:
+    for attribute, entries in (*vars(pattern).items(), *pattern._modules.items()):
+        if attribute != "_modules" and isinstance(entries, (dict, nn.ModuleDict)) and name in entries:
             entry = entries[name]
             getattr(layer, attribute)[name] = _copied(entry, {}) if isinstance(entry, nn.Module) else copy.copy(entry)
 
