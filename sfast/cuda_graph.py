@@ -148,15 +148,18 @@ class GraphPool:
     def _capture_in_what_is_free(
         self, function: Function, inputs: list[torch.Tensor], beside: GraphRunner | None, small: bool
     ) -> GraphRunner:
-        try:
-            return self._capture(function, inputs, lean=not small)
-        except Exception as error:
-            if not is_out_of_memory(error) or (len(self._runners) <= (beside is not None) and not small):
-                raise
-            logger.debug("no memory for one more graph beside %d others: %s", len(self._runners), error)
-        # Here the error is gone, and with it what its frames have held.
-        self.make_room(beside)
-        return self._capture(function, inputs, lean=True)
+        while True:
+            try:
+                return self._capture(function, inputs, lean=not small)
+            except Exception as error:
+                alone = len(self._runners) <= (beside is not None)
+                if not is_out_of_memory(error) or (alone and not small):
+                    raise
+                logger.debug("no memory for one more graph beside %d others: %s", len(self._runners), error)
+            # Here the error is gone, and with it what its frames have held.
+            if not small:
+                self.make_room(beside)
+            small = False
 
     def _capture(self, function: Function, inputs: list[torch.Tensor], lean: bool) -> GraphRunner:
         others = list(self._runners)  # none of them goes with its module while this one joins its pool

@@ -28,17 +28,27 @@ ENTRY = re.compile(r"[A-Z2-7]{52}")  # the base-32 digits of a SHA-256
 def mend() -> bool:
     """Remove every broken entry of this process's cache directory; True, so that it may stand in a condition."""
     try:
-        knobs = importlib.import_module("triton.knobs")
-
-        folder = Path(knobs.cache.dir)
-        if not is_writable(folder):
-            knobs.cache.dir = tempfile.mkdtemp(prefix="sfast-triton-")
-            atexit.register(shutil.rmtree, knobs.cache.dir, ignore_errors=True)
-            note("Triton's kernel cache", f"{folder} cannot be written to: kernels are compiled anew in every process")
-        remove_broken_entries(Path(knobs.cache.dir))
+        remove_broken_entries(place())
     except (ImportError, OSError) as error:
         note("Triton's kernel cache", f"not looked through for broken entries: {error}")
     return True
+
+
+@functools.cache
+def place() -> Path:
+    """The folder of this process's cache: Triton's own, or one for this process alone where that cannot be written to.
+
+    Raises:
+        ImportError, OSError: there is no Triton that tells, or nowhere to write at all.
+    """
+    knobs = importlib.import_module("triton.knobs")
+    folder = Path(knobs.cache.dir)
+    if is_writable(folder):
+        return folder
+    knobs.cache.dir = tempfile.mkdtemp(prefix="sfast-triton-")
+    atexit.register(shutil.rmtree, knobs.cache.dir, ignore_errors=True)
+    note("Triton's kernel cache", f"{folder} cannot be written to: kernels are compiled anew in every process")
+    return Path(knobs.cache.dir)
 
 
 def is_writable(folder: Path) -> bool:

@@ -240,7 +240,7 @@ def test_on_a_gpu_a_recipe_that_makes_no_kernel(monkeypatch: pytest.MonkeyPatch)
     net = sfast.compile(Net(64).cuda().half().eval().requires_grad_(False))
     for side in (16, 24, 40):
         agree(net, side)
-    assert sfast.report(net).fallbacks == []
+    assert sfast.report(net).traces == 1
 
 
 # Capture.
@@ -384,37 +384,41 @@ def test_out_of_memory_operator_by_operator_runs_eager(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_near_the_end_of_its_memory_there_are_no_graphs(said: Said) -> None:
-    config = CompilationConfig(enable_hoisting=True, graph_memory_budget=2**40)
+@torch.no_grad()
+def test_on_a_gpu_near_the_end_of_its_memory_a_step_runs_without_a_graph(said: Said) -> None:
+    config = CompilationConfig(graph_memory_budget=2**40)  # so only the memory itself is a limit
     net = sfast.compile(Net(256).cuda().half().eval().requires_grad_(False), config)
-    agree(net, 16)
+    inputs = {side: data(side, "cuda", torch.float16) for side in (512, 480)}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    right = {side: Net.forward(net, *given) for side, given in inputs.items()}
+    needed = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
-    # A step at 512x512 needs some tensors of 256 MiB; a graph as many again, and cannot return them to the others.
-    ballast = torch.empty(torch.cuda.mem_get_info()[0] - 1800 * 2**20, dtype=torch.uint8, device="cuda")
-    agree(net, 512, calls=4)
-    lines = said()
-    largest = sfast.report(net).graph_memory
+    # Enough for a step and not for two: a graph at one size leaves no room for a step at the other.
+    ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - 1.6 * needed - 2**29), dtype=torch.uint8, device="cuda")
+    for side in (512, 480) * 3:
+        assert (net(*inputs[side]) - right[side]).norm() <= 2e-2 * right[side].norm(), side
+    assert all("memory" in line for line in said())
     del ballast
     torch.cuda.empty_cache()
-    agree(net, 512, calls=60)
-    agree(net, 16)
-    assert sfast.report(net).graphs >= 2, (lines, largest)
-    assert all("memory" in line for line in lines), lines
+    for side in (512, 480) * 40:
+        assert (net(*inputs[side]) - right[side]).norm() <= 2e-2 * right[side].norm(), side
+    assert sfast.report(net).graphs > 0
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_graph_is_captured_once_there_is_memory(said: Said) -> None:
+def test_on_a_gpu_a_graph_is_captured_once_there_is_memory(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     net = sfast.compile(Net(256).cuda().half().eval().requires_grad_(False), HOISTING)
     agree(net, 16)
     component = net.forward
     pool = next(iter(component._plans.values())).pool
-    results, pool._results = pool._results, out_of_memory
-    agree(net, 16, calls=2)
+    with monkeypatch.context() as short:
+        short.setattr(pool, "_results", out_of_memory)
+        agree(net, 16, calls=2)
     assert component.counts()[1] == 0 and pool.memory() == 0
     (line,) = said()
     assert line.startswith("CUDA graphs: memory of cuda:") and "ran out: all were dropped" in line
-    pool._results = results
-    pool.free = lambda: 2**60  # much more than before
+    monkeypatch.setattr(pool, "free", lambda: 2**60)  # much more than before
     agree(net, 16, calls=40)
     assert component.counts()[1] == 2
 
@@ -507,6 +511,7 @@ def test_triton_compiles_somewhere_else_where_its_cache_is_read_only(
     knobs = pytest.importorskip("triton.knobs")
     monkeypatch.setattr(knobs.cache, "dir", "/proc/self/triton")
     triton_cache.mend.cache_clear()
+    triton_cache.place.cache_clear()
     try:
         for _ in range(2):
             assert triton_cache.mend()
@@ -515,6 +520,7 @@ def test_triton_compiles_somewhere_else_where_its_cache_is_read_only(
         folder.rmdir()
     finally:
         triton_cache.mend.cache_clear()
+        triton_cache.place.cache_clear()
     why = "/proc/self/triton cannot be written to: kernels are compiled anew in every process"
     assert said() == [f"Triton's kernel cache: {why}"]
 
@@ -714,7 +720,7 @@ def test_on_a_gpu_an_interruption_at_any_moment(handler: None, said: Said, ordin
     with Interruption(10**9, ordinary) as counted:
         agree(sfast.compile(build(), HOISTING), 16)
     most = 10**9 - counted.left
-    for moment in sorted(random.Random(1).sample(range(1, most), 40)):
+    for moment in sorted(random.Random(1).sample(range(1, most), 15)):
         net = build()
         with Interruption(moment, ordinary), contextlib.suppress(TimeIsUp if ordinary else KeyboardInterrupt):
             sfast.compile(net, HOISTING)

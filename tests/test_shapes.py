@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sfast
 from benchmarks import shapes
 from sfast import CompilationConfig, launch, native
+from sfast.cuda_graph import pool_of
 from sfast.kernels import nearby
 from tests.graphs import Pool, pool
 from tests.tiny import TINY, WIDTH, sdxl_unet
@@ -273,16 +274,19 @@ def test_on_a_gpu_memory_returns_with_the_graphs_over_budget() -> None:
     budget = 96 * 2**20
     eager, compiled = (unet.cuda().half() for unet in unets(CompilationConfig(graph_memory_budget=budget)))
     like = next(eager.parameters())
-    torch.cuda.empty_cache()
-    reserved = torch.cuda.memory_reserved()
-    for side in (16, 64, 24, 96, 32, 128, 40, 16):
+    handles, counts = set(), []
+    for side in (16, 64, 24, 96, 32, 160, 40, 16):
         inputs = steps((2, side, side), like=like)
         assert max(map(error, run(compiled, inputs), run(eager, inputs))) < 1e-2
-        assert sfast.report(compiled).graph_memory <= budget
+        report = sfast.report(compiled)
+        assert report.graph_memory <= budget
+        counts.append(report.graphs)
+        handles.update(tuple(runner.handle) for runner in pool_of(like.device).runners())
     sfast.restore(compiled)
-    del inputs
+    assert pool_of(like.device).memory() == 0
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= reserved + 2**25
+    left = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+    assert handles and left.isdisjoint(handles), counts  # all of it is the driver's again
 
 
 @pytest.mark.gpu
