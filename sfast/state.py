@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast.adapters import Adapters, CannotMerge
+from sfast.fallback import is_out_of_memory, let_through, reason
 from sfast.tree import exchanged, is_foreign, read
 
 CHANGES_ITSELF = "it changes its own attributes at every call"
@@ -47,6 +48,7 @@ class ModuleState:
         self._numbers: dict[Hashable, int] = {}  # short names for settings of all other attributes
         self._next_number = itertools.count()
         self._attributes = 0
+        self._unsettled = False  # a change was noticed, and what follows from it was interrupted
         self._reread()
         self._layout = self._describe()
         self._lock = threading.RLock()
@@ -54,19 +56,22 @@ class ModuleState:
     def refresh(self) -> None:
         """Notice what was replaced or moved since the last call: up to a millisecond for SDXL's 1,925 modules."""
         with self._lock:
-            if not self._tree.same():
+            if self._unsettled or not self._tree.same():
+                self._unsettled = True
                 self._reread()
                 self.adapters.changed(self.scale, self.picture)
             else:
                 pointers = self._addresses()
                 if not self.adapters.changed(self.scale, self.picture) and pointers == self.pointers:
                     return
+                self._unsettled = True
                 self.pointers = pointers
             self.changes += 1
             layout = self._describe()
             if layout != self._layout:
-                self._layout = layout
                 self.version += 1
+                self._layout = layout
+            self._unsettled = False
 
     def merge_adapters(self) -> None:
         """Bring what graphs read up to date with the adapters, or find out that they must be computed in Python."""
@@ -74,19 +79,28 @@ class ModuleState:
             try:
                 merged = self.adapters.merge(self.own)
                 self._cannot_merge = None
-            except CannotMerge as error:
-                self._cannot_merge = str(error)
+            except Exception as error:  # a dtype that cannot be added, no memory, ...
+                let_through(error)
+                self._cannot_merge = str(error) if isinstance(error, CannotMerge) else reason(error)
+                if is_out_of_memory(error):
+                    self._cannot_merge = "there is no memory for merging its adapters"
                 return
             if merged:
+                self.adapters.dirty = True  # until graphs read it, should it be interrupted
                 self._take_weights()
+                self.adapters.dirty = False
+
+    def take_adapters_out(self) -> None:
+        """Graphs read the module's own weights, in the memory they had before; the next call merges again."""
+        with self._lock:
+            self.adapters.take_out()
+            self._take_weights()
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """For a while, graphs read the module's own weights, and these may be moved."""
-        with self._lock:
-            self.adapters.take_out()
-            self._take_weights()
-            self.pointers = ()  # nobody replays meanwhile
+        self.take_adapters_out()
+        self.pointers = ()  # nobody replays meanwhile
         try:
             yield
         finally:
@@ -176,7 +190,7 @@ class ModuleState:
         # Tied weights are one input.
         self.own = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
         self._wrappers = [weight for weight in self.own if is_traceable_wrapper_subclass(weight)]
-        self.adapters.read(self._tree.adapted)
+        self.adapters.read(self._tree.adapted, self._tree.shared() if self._tree.adapted else set())
         self._take_weights()
         self._number_attributes()
 

@@ -4,7 +4,8 @@ TorchScript makes a RuntimeError of whatever an operator raises, in Python or no
 as a graph that fails, for good.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig
+from tests.soak.faults import interrupting
 
 COUNTED = torch.library.Library("interrupted", "DEF")
 CALLS = 3  # of the operator in one call of the module
@@ -118,3 +120,51 @@ def test_the_reason_is_what_the_operator_said(net: Net) -> None:
     net(torch.ones(2, 8), torch.ones(2, 8))
     (_, why), = sfast.report(net).fallbacks  # fmt: skip
     assert why.endswith("RuntimeError: ValueError: no such thing")
+
+
+class Adapted(nn.Module):
+    """Something a user changes in between: a setting, a layer, the strength of an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.factor = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)) * self.factor)
+
+
+def exchange_a_layer(net: Adapted) -> None:
+    net.second, net.factor = (nn.Sequential(nn.Linear(8, 8), nn.ReLU()) if net.factor else nn.Linear(8, 8)), net.factor
+
+
+def another_setting(net: Adapted) -> None:
+    net.factor = 3 - net.factor
+
+
+def another_strength(net: Adapted) -> None:
+    layer = net.first
+    layer.set_adapter([] if layer.active_adapters else ["default"])
+
+
+@pytest.mark.parametrize("change", [exchange_a_layer, another_setting, another_strength])
+def test_an_interruption_while_a_change_is_noticed_does_not_hide_it(change: Callable[[Adapted], None]) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = Adapted()
+    config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, net)
+    sfast.compile(net.eval().requires_grad_(False))
+    x, after = torch.randn(3, 8), 1
+    with torch.no_grad():
+        while True:
+            torch.testing.assert_close(net(x), Adapted.forward(net, x))
+            change(net)
+            with contextlib.suppress(KeyboardInterrupt), interrupting(after) as calls:
+                net(x)
+            torch.testing.assert_close(net(x), Adapted.forward(net, x), msg=f"interrupted in {calls[1]}")
+            if not calls[1]:  # the whole call was over before
+                break
+            after += 1 + after // 20
+    assert after > 20
+    assert [why for _, why in sfast.report(net).fallbacks if "traces already" not in why] == []

@@ -122,7 +122,10 @@ def run(
 
 
 def shrink(
-    original: StableDiffusionPipeline, steps: Sequence[Step], seconds: float, tell: Callable[[str], None]
+    original: StableDiffusionPipeline,
+    steps: Sequence[Step],
+    seconds: float,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Step]:
     """A short sequence that still fails: whatever can be left out is, largest pieces first, as long as there is time."""
     deadline = time.monotonic() + seconds
