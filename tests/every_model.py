@@ -206,7 +206,7 @@ def _main(name: str, layout: str, channels: int, s: Size) -> Tensor:
 
 # What happens to a class.
 
-TOLERANCE = 2e-5  # relative, of results in fp32
+TOLERANCE = 4e-5  # relative, of results in fp32
 DIFFERENT = 1e-4  # what another input changes at least, so that a result that ignores it is noticed
 
 
@@ -301,7 +301,7 @@ def _dull(results: dict[str, list[Tensor]]) -> Iterator[str]:
     for before, after in pairs:
         if after in results:
             change = max(map(_error, results[before], results[after]), default=0.0)
-            if not DIFFERENT < change < float("inf"):
+            if not change > DIFFERENT:
                 yield f"{after}: {change:.2g}"
 
 

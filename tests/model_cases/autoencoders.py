@@ -49,7 +49,7 @@ def _picture(s: Size) -> dict[str, Any]:
 
 
 def _video(s: Size) -> dict[str, Any]:
-    return {"sample": s.noise(s.batch, 3, *s.video)}
+    return {"sample": 3 * s.noise(s.batch, 3, *s.video)}
 
 
 CASES: dict[str, Case] = {
