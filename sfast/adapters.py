@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
@@ -77,7 +78,7 @@ class _Merged:
 
     def release(self) -> None:
         """The Parameter has its memory again, with the values that it has now."""
-        if self.lent and self.fits():
+        if self.lent and self.fits() and owned_alone([self.weight]):  # else: somebody writes to where it is now
             with _may_write(self.tensor):
                 self.tensor.copy_(self.weight)
             with torch.inference_mode(False):
@@ -89,6 +90,7 @@ class Adapters:
 
     def __init__(self) -> None:
         self._layers: list[Adapted] = []
+        self._shared: set[int] = set()  # ids of tensors that others than one layer read, too
         self._merged: dict[int, _Merged] = {}  # by the Parameter's id
         self._watched: list[torch.Tensor] = []  # what the sums depend on
         self._seen: Hashable = None  # where these are, and how often they were written to
@@ -97,10 +99,10 @@ class Adapters:
         self._scale = 1.0
         self.dirty = False  # graphs may have to read other weights
 
-    def read(self, layers: list[Adapted]) -> None:
-        """The module was read anew."""
+    def read(self, layers: list[Adapted], shared: set[int]) -> None:
+        """The module was read anew; `shared` are the ids of tensors that stand in several places of it."""
         self.dirty = self.dirty or bool(layers or self._merged)
-        self._layers = layers
+        self._layers, self._shared = layers, shared
 
     @property
     def present(self) -> bool:
@@ -202,13 +204,19 @@ class Adapters:
             if not active:
                 continue
             parameters = layer.base._parameters
+            if "weight" not in parameters and isinstance(layer.base, _LAYERS):
+                raise CannotMerge(f"the weight of `{layer.path}` is computed from others")
+            if any(map(is_adapted, layer.base.modules())):  # nn.MultiheadAttention: peft replaces its weights
+                raise CannotMerge(f"there are adapters inside of `{layer.path}`, which has some, too")
+            if any(_looks_elsewhere(layer, name) for name, _ in active):
+                raise CannotMerge(f"the adapters of `{layer.path}` pad, step or spread otherwise than it does")
             names = ["weight"] if _is_plain(layer, active) else list(parameters)
             weights = [weight for name in names if (weight := parameters[name]) is not None]
             for weight in weights:
                 if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
                     raise CannotMerge(f"the adapters of `{layer.path}` stand on quantized weights")
-                if uses[id(weight)] > 1:
-                    raise CannotMerge(f"the weights of `{layer.path}` belong to another adapted layer, too")
+                if uses[id(weight)] > 1 or id(weight) in self._shared:
+                    raise CannotMerge(f"the weights of `{layer.path}` belong to another layer, too")
             jobs.append((layer, active, weights))
         return jobs
 
@@ -244,6 +252,7 @@ def _write(layer: Adapted, active: list[tuple[str, float]], moved: list[_Merged]
 
 
 # The layers whose sum is that of `_add_products`; all others are left to peft.
+_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _PLAIN = {("peft.tuners.lora.layer", name) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
 
 
@@ -251,13 +260,22 @@ def _is_plain(layer: Adapted, active: list[tuple[str, float]]) -> bool:
     wrapper, kind = layer.wrapper, type(layer.wrapper)
     return (
         (kind.__module__, kind.__name__) in _PLAIN
-        and isinstance(layer.base, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+        and isinstance(layer.base, _LAYERS)
         and getattr(layer.base, "groups", 1) == 1
         and not getattr(wrapper, "fan_in_fan_out", False)
         and not any(name in getattr(wrapper, "lora_variant", ()) for name, _ in active)
         and not any(getattr(wrapper, "use_dora", {}).get(name, False) for name, _ in active)
         and not any(getattr(wrapper, "lora_bias", {}).get(name, False) for name, _ in active)
     )
+
+
+def _looks_elsewhere(layer: Adapted, name: str) -> bool:
+    """Whether a convolution's adapter computes with other pixels than the layer inside: peft's pad with zeros."""
+    down = getattr(layer.wrapper, "lora_A", {})
+    if not hasattr(layer.base, "padding_mode") or name not in down:
+        return False
+    geometry = operator.attrgetter("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return bool(geometry(layer.base) != geometry(down[name]))
 
 
 def _add_products(layer: Adapted, active: list[tuple[str, float]], merged: _Merged) -> None:
@@ -279,6 +297,7 @@ def _let_peft_merge(layer: Adapted, active: list[tuple[str, float]], moved: list
     base = [merged.weight.data for merged in moved]
     scaling, caches = getattr(wrapper, "scaling", None), dict(getattr(wrapper, "_caches", {}))
     strengths = dict(scaling) if scaling is not None else None
+    kept = [(place, place.copy()) for part in wrapper.modules() for place in (part._parameters, part._modules)]
     try:
         for merged in moved:
             with _may_write(merged.tensor):
@@ -287,6 +306,8 @@ def _let_peft_merge(layer: Adapted, active: list[tuple[str, float]], moved: list
         if scaling is not None:
             scaling.update(active)
         wrapper.merge(safe_merge=False, adapter_names=[name for name, _ in active])
+        if any(list(map(id, place.values())) != list(map(id, before.values())) for place, before in kept):
+            raise TypeError("it exchanges parameters or modules")
         for merged in moved:
             if merged.weight.data_ptr() != merged.tensor.data_ptr():  # DoRA makes a new one
                 with _may_write(merged.tensor):
@@ -294,6 +315,8 @@ def _let_peft_merge(layer: Adapted, active: list[tuple[str, float]], moved: list
     except Exception as error:
         raise CannotMerge(f"peft cannot merge the adapters of `{layer.path}`: {error}") from error
     finally:
+        for place, before in kept:
+            place.update(before)
         for merged, values in zip(moved, base, strict=True):
             merged.weight.data = values
         if scaling is not None:

@@ -100,7 +100,7 @@ class Component(StandIn):
         go_into_copies(self.module)
         with self.lock:
             self._forget()
-            self.state.adapters.take_out()
+            self.state.take_adapters_out()
             self._placement.undo()
 
     # --------------------------------------------------------------------------------------------------------- calling

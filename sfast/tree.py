@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import operator
 import types
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from itertools import chain
 from typing import Any
@@ -45,6 +46,7 @@ class Tree:
     hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
     wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
     adapted: list[Adapted] = dataclasses.field(default_factory=list)  # layers that peft has wrapped
+    again: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those that stand in a further place, too
     code: list[Any] = dataclasses.field(default_factory=list)  # the functions that a forward may go through
     seen: set[Any] = dataclasses.field(default_factory=set)  # objects, functions and classes that have been read
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
@@ -64,6 +66,12 @@ class Tree:
         return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
             map(operator.is_, got, self.got)
         )
+
+    def shared(self) -> set[int]:
+        """Ids of the tensors that stand in more than one place."""
+        uses = Counter([id(tensor) for _, tensor in self.weights])
+        uses.update([id(tensor) for module in self.again for tensor in module._parameters.values()])
+        return {key for key, count in uses.items() if count > 1}
 
     def watch(self, values: Any) -> None:
         """Notice from now on what is exchanged in a list or in the values of a dictionary."""
@@ -193,7 +201,7 @@ def read(root: torch.nn.Module) -> Tree:
         for place in (module._parameters, module._buffers):
             tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
         computed = _computed(module)
-        for name, value in module.__dict__.items():
+        for name, value in list(module.__dict__.items()):
             if name in _OF_EVERY_MODULE or name in _OF_ADAPTERS or (module is root and name in _OF_THE_ROOT):
                 continue
             if name in computed:
@@ -222,6 +230,7 @@ def _modules(root: torch.nn.Module, tree: Tree) -> list[tuple[str, torch.nn.Modu
                 _watch_adapters(tree, path, module, inner)
                 module = inner
         if id(module) in found:
+            tree.again.append(module)
             return
         found[id(module)] = path, module
         for name, child in module._modules.items():
@@ -246,7 +255,7 @@ def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch
             tree.modal.append(module)
         tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
         pending += [child for child in module._modules.values() if child is not None and child is not base]
-    for name, value in vars(wrapper).items():
+    for name, value in list(vars(wrapper).items()):  # another thread may be tracing
         if name not in _OF_EVERY_MODULE and isinstance(value, (list, dict)):
             values = value.values() if isinstance(value, dict) else value
             tree.watch(values)  # scaling, merged_adapters
