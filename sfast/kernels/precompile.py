@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sfast.fallback import let_through, logger, timed
-from sfast.triton_cache import mend, place
+from sfast.triton_cache import mend
 
 LONGEST_START = 30.0  # seconds; after that whoever needs Triton starts it again
 MOST_THREADS = 16  # a first call has no more variants than about that many
@@ -49,10 +49,10 @@ def _start_triton() -> None:
     """Everything that Triton does once, at its first kernel: half of the time is a C compiler's."""
     try:
         with timed("starting Triton (in the background)"):
-            _logged(place)
+            _logged(mend)  # before anybody opens a file of the cache
             driver = threading.Thread(target=_logged, args=(_build_driver,), daemon=True)
             driver.start()
-            for step in (mend, _import_compiler, _hash_triton):
+            for step in (_import_compiler, _hash_triton):
                 _logged(step)
             driver.join()
     finally:
