@@ -17,7 +17,7 @@ import sfast
 from benchmarks import shapes
 from sfast import CompilationConfig, launch, native
 from sfast.cuda_graph import pool_of
-from sfast.kernels import nearby
+from sfast.kernels import choice, nearby
 from tests.graphs import Pool, pool
 from tests.tiny import TINY, WIDTH, sdxl_unet
 
@@ -238,6 +238,39 @@ def test_far_away_as_much_is_measured_as_fits_into_a_slice(
         for weight in weights:
             nearby.linear(far, weight, None, None, "none")
     assert sorted(library["recalled"].values()) == [f"cublasLt {n}" for n in list(layers)[2:]]
+
+
+def test_a_measured_choice_is_borrowed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFAST_CACHE_DIR", "")
+    asked: list[int] = []
+    best = {100: "double", 1000: "add"}
+
+    def measure(question: str, device: torch.device, ways: Any, inputs: tuple[Tensor, ...]) -> str:
+        asked.append(inputs[0].numel())
+        return best[inputs[0].numel()]
+
+    monkeypatch.setattr(choice, "_measure", measure)
+    used: list[str] = []
+    ways = {name: lambda x, name=name: used.append(name) or 2 * x for name in ("plain", "double", "add")}
+
+    def fastest(size: int, wanted: bool = True, layer: str | None = "a layer") -> str:
+        x = torch.ones(size)
+        with nearby.borrowing(torch.device("cpu"), wanted):
+            assert torch.equal(choice.fastest(f"twice {size}, {layer}", ways, x, layer=layer), 2 * x)
+        return used[-1]
+
+    choice.forget()
+    try:
+        assert [fastest(100, wanted=False), fastest(1000, wanted=False)] == ["double", "add"]
+        assert [fastest(120), fastest(50), fastest(800), fastest(2000)] == ["double", "double", "add", "add"]
+        assert asked == [100, 1000]
+        best[10], best[110], best[120] = "plain", "plain", "add"
+        assert fastest(10) == "plain"  # too far away
+        assert fastest(110, wanted=False) == "plain"  # nobody asked for it
+        assert fastest(120, layer="another") == "add"
+        assert fastest(50) == "double"
+    finally:
+        choice.forget()
 
 
 # On a GPU.

@@ -44,7 +44,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
     if len(ways) == 1:
         return attention_reference(query, key, value, scale)
     shapes = "; ".join(f"{list(tensor.shape)} strided {list(tensor.stride())}" for tensor in (query, key, value))
-    return choice.fastest(f"attention of {query.dtype}: {shapes}", ways, query, key, value, scale)
+    H, D, N = query.shape[1], query.shape[3], key.shape[2]
+    spacing = tuple(tensor.stride()[1:] for tensor in (query, key, value))
+    layer = "attention", query.dtype, H, D, "self" if query.shape[2] == N else N, spacing
+    return choice.fastest(f"attention of {query.dtype}: {shapes}", ways, query, key, value, scale, layer=layer)
 
 
 def _attend_to_one_key(query: Tensor, value: Tensor) -> Tensor:

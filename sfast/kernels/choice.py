@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfast import disk_cache
 from sfast.fallback import let_through, logger, note
+from sfast.kernels import nearby
 from sfast.kernels.precompile import is_rehearsing, left_out
 
 Way = Callable[..., Tensor]
@@ -34,21 +35,24 @@ CYCLES_PER_MS = 2_000_000  # no GPU is faster
 
 _lock = threading.RLock()
 _chosen: dict[Hashable, str] = {}
+_sizes: dict[Hashable, dict[int, str]] = {}  # (layer, device) -> what was measured, by the size of the first input
 
 
-def fastest(question: str, ways: Mapping[str, Way], *inputs: Any) -> Tensor:
+def fastest(question: str, ways: Mapping[str, Way], *inputs: Any, layer: Hashable = None) -> Tensor:
     """The result of the fastest of `ways(*inputs)`.
 
     Args:
         question: names everything that the answer may depend on (what, shapes, strides, dtypes), apart from the GPU.
         ways: functions of the same inputs, by name. The first is the reference: always right, and the answer in doubt.
         inputs: the first is a tensor, and says on which device.
+        layer: all of the question but for the size of the first input. Where a layer that has been asked about meets a
+            new shape, the answer at the nearest size is borrowed (see nearby.py).
     """
     first = next(iter(ways))
     device = inputs[0].device
     name = _chosen.get((question, device), "")
     if name not in ways:
-        name = first if len(ways) == 1 or _capturing(device) else _choose(question, device, ways, inputs)
+        name = first if len(ways) == 1 or _capturing(device) else _choose(question, device, ways, inputs, layer)
     if name == first:
         return ways[first](*inputs)
     try:
@@ -66,21 +70,29 @@ def forget() -> None:
     """Ask every question again; what is on disk stays."""
     with _lock:
         _chosen.clear()
+        _sizes.clear()
 
 
-def _choose(question: str, device: torch.device, ways: Mapping[str, Way], inputs: tuple[Any, ...]) -> str:
+def _choose(
+    question: str, device: torch.device, ways: Mapping[str, Way], inputs: tuple[Any, ...], layer: Hashable
+) -> str:
     with _lock, torch.no_grad():
         if (question, device) in _chosen and _chosen[question, device] in ways:
             return _chosen[question, device]  # another thread was first
+        sizes = _sizes.setdefault((layer, device), {}) if layer is not None else {}
         key = f"{disk_cache.environment(device)}: {question} among {', '.join(ways)}"  # a new way must be measured
         stored = disk_cache.get("choices", key)
         if stored is not None and stored in ways:
-            _chosen[question, device] = stored
+            _chosen[question, device] = sizes[inputs[0].numel()] = stored
             return stored
+        borrowed = nearby.answer(sizes, inputs[0].numel())
+        if borrowed is not None and borrowed in ways:
+            _chosen[question, device] = borrowed  # and is kept nowhere
+            return borrowed
         found = _measure(question, device, ways, inputs) if _are_compiled(ways, inputs) else None
         if found is None:
             return next(iter(ways))
-        _chosen[question, device] = found
+        _chosen[question, device] = sizes[inputs[0].numel()] = found
         disk_cache.put("choices", key, found)
         return found
 

@@ -40,7 +40,8 @@ def apart(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_cat(a: Tensor, b: Tensor, dim: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     shapes = "; ".join(f"{list(tensor.shape)} strided {list(tensor.stride())}" for tensor in (a, b, weight))
     question = f"linear_cat of {a.dtype}, {'no ' if bias is None else ''}bias: {shapes}"
-    return choice.fastest(question, {"joined": _joined, "apart": apart}, a, b, weight, bias)
+    layer = "linear_cat", a.dtype, bias is None, weight.shape, weight.stride(), a.stride()[1:], b.stride()[1:]
+    return choice.fastest(question, {"joined": _joined, "apart": apart}, a, b, weight, bias, layer=layer)
 
 
 def _takes(a: Tensor, b: Tensor, dim: int, weight: Tensor, bias: Tensor | None) -> bool:

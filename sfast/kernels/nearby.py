@@ -3,8 +3,9 @@
 Choosing measures two dozen kernels for each convolution and matrix product: about 25 ms each, a second or two for a UNet,
 well spent at a first call and too much at every further size. What is fastest hardly changes between 1024×1024 and
 1152×896, so a shape after the first borrows. Where the nearest known size is far away, as much is measured as fits into a
-slice of time. What was borrowed is not kept for later processes: whoever begins with that shape measures it. A kernel that
-cannot compute the new shape, or fails, is not borrowed; and a borrowed one is compared with eager like any other.
+slice of time. So with the kernels of attention (see choice.py), which are few. What was borrowed is not kept for later
+processes: whoever begins with that shape measures it. A kernel that cannot compute the new shape, or fails, is not borrowed;
+and a borrowed one is compared with eager like any other.
 """
 
 from __future__ import annotations
@@ -37,16 +38,24 @@ _active: contextvars.ContextVar[Nearby | None] = contextvars.ContextVar("sfast_n
 @contextlib.contextmanager
 def borrowing(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """While this lasts, convolutions and products of sizes not met before borrow the kernels of sizes that were."""
-    if not wanted or device.type != "cuda" or not native.available():
+    if not wanted:
         yield
         return
-    nearby = Nearby(device, native.measured(device))
+    nearby = Nearby(device, native.measured(device) if device.type == "cuda" else {})
     token = _active.set(nearby)
     try:
         yield
     finally:
         _active.reset(token)
         logger.debug("kernels: %d borrowed, %d measured in %.3f s", nearby.borrowed, nearby.measured, nearby.spent)
+
+
+def answer(known: dict[int, str], size: int) -> str | None:
+    """What to borrow of the answers known for other sizes; None outside of `borrowing`, and where to measure."""
+    if _active.get() is None or not known:
+        return None
+    distance, found = min((abs(math.log(other / size)), found) for other, found in known.items())
+    return None if distance > math.log(FAR) else found
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *geometry: Any) -> Tensor:
