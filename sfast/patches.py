@@ -58,12 +58,12 @@ def namespaces(kind: type) -> Iterator[tuple[type, tuple[str, ...]]]:
     """A class and its bases, each with the names of its functions and numbers."""
     for base in kind.__mro__:
         if base not in _NOT_OF_MODELS:
-            yield base, tuple([name for name, value in vars(base).items() if is_code(value)])
+            yield base, tuple([name for name, value in list(vars(base).items()) if is_code(value)])
 
 
 def functions_of(namespace: Mapping[str, Any]) -> list[Any]:
     """What may run when a namespace's functions are called."""
-    values = [getattr(value, "__func__", getattr(value, "fget", value)) for value in namespace.values()]
+    values = [getattr(value, "__func__", getattr(value, "fget", value)) for value in list(namespace.values())]
     return [value for value in values if isinstance(value, types.FunctionType)]
 
 

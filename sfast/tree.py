@@ -92,7 +92,7 @@ class Tree:
 
     def watch_code(self) -> None:
         """Notice from now on functions that are patched, and what users' functions read."""
-        self._watch_names(vars(F), [name for name, value in vars(F).items() if callable(value)])
+        self._watch_names(vars(F), [name for name, value in list(vars(F).items()) if callable(value)])
         self.unread += [*self.types, *map(type, self.processors)]
         names: dict[int, tuple[Mapping[str, Any], dict[str, None]]] = {}
         while self.unread:
@@ -131,7 +131,7 @@ class Tree:
                 self.length += len(place)
                 self.unread += patches.functions_of(place)
                 if patches.is_users(base.__module__):
-                    for name, value in place.items():
+                    for name, value in list(place.items()):
                         if isinstance(value, (list, dict, torch.Tensor)) or patches.has_state(value):
                             _read_attribute(self, f"{base.__qualname__}.{name}", value)
 
