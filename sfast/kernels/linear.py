@@ -34,16 +34,21 @@ def linear_image_add_reference(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nearby.linear(x, weight, bias, None, "none")
+    return nearby.linear(_one_matrix(x), weight, bias, None, "none")
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return nearby.linear(x, weight, bias, residual, "none")
+    return nearby.linear(_one_matrix(x), weight, bias, residual, "none")
+
+
+def _one_matrix(x: Tensor) -> Tensor:
+    """x without the gaps that taking some tokens of each sample leaves: PyTorch would copy it, too."""
+    return x if has_even_rows(x) else x.contiguous()
 
 
 def _linear_image_add(x: Tensor, weight: Tensor, bias: Tensor | None, size: list[int], residual: Tensor) -> Tensor:
     rows = residual.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-    image = nearby.linear(x, weight, bias, rows, "none")
+    image = nearby.linear(_one_matrix(x), weight, bias, rows, "none")
     return image.view(residual.shape[0], *residual.shape[2:], residual.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -69,7 +74,8 @@ def has_even_rows(x: Tensor) -> bool:
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    operands = has_even_rows(x) and has_even_rows(weight) and (bias is None or has_even_rows(bias))
+    some_tokens = x.dim() == 3 and x.stride(2) == 1 and not x.is_contiguous()
+    operands = (some_tokens or has_even_rows(x)) and has_even_rows(weight) and (bias is None or has_even_rows(bias))
     return operands and native_linear_takes(x, weight, bias)
 
 

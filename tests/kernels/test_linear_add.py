@@ -38,6 +38,15 @@ def test_linear(name, biased, device) -> None:
             assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_some_tokens_of_each_sample(name, device) -> None:
+    x, *rest = make(name, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
+    tokens = torch.cat([x, x + 1, x * 2], 1)[:, 15:30]
+    assert not linear.has_even_rows(tokens) and linear.has_even_rows(linear._one_matrix(tokens))
+    inputs = (tokens, *rest)
+    assert_close_to_fp64(getattr(ops, name)(*inputs), getattr(linear, f"{name}_reference"), *inputs)
+
+
 def test_residuals_that_broadcast_or_differ_are_left_to_the_reference(device) -> None:
     x, weight, bias, residual = make("linear_add", torch.float32, device)
     for other in (residual[:1], residual[..., :1], residual.double(), residual[:, :1]):
