@@ -128,10 +128,10 @@ def test_least_recently_used_graphs_are_dropped_under_the_budget() -> None:
     assert torch.equal(first([a])[0], (a * 2).sin())
     used = pool.memory()
     assert used >= 4 * 2**20
-    third = pool.capture(function, [c], budget=used + 70 * 2**20)
+    third = pool.capture(function, [c], budget=used + 88 * 2**20)
     assert second.graph is None and third.graph is not None  # the first was used after the second
     assert torch.equal(third([c])[0], (c * 2).sin())
-    assert pool.memory() <= used + 70 * 2**20
+    assert pool.memory() <= used + 88 * 2**20
     with pytest.raises(OverBudget, match="graph_memory_budget"):
         pool.capture(function, [c], budget=1000)
     assert pool.memory() == 0
