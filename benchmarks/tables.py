@@ -1,6 +1,6 @@
-"""Writes the measured tables of the README from results.csv, so that no figure there is typed by hand.
+"""Writes the measured tables of the README from the CSV files here, so that no figure there is typed by hand.
 
-`python -m benchmarks.tables` replaces what stands between the two markers. For each model, size and batch it takes the
+`python -m benchmarks.tables` replaces what stands between the markers of each file. For each model, size and batch it takes the
 latest run that measured sfast beside torch.compile, and every figure of a line comes from that one run. The first table
 has each model at its own size, the second one what else was measured: other sizes and batches, and the strongest
 torch.compile there is.
@@ -16,7 +16,7 @@ from benchmarks.measure import LADDER
 from benchmarks.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BENCHMARKS = ROOT / "benchmarks"
 VARIANTS = ("eager", "compile-reduce-overhead", "sfast", "sfast-again")
 STRONGEST = "compile-max-autotune"
 
@@ -163,12 +163,63 @@ def ratio(slow: float | None, fast: float | None) -> str:
     return "–" if not slow or not fast else f"{slow / fast:.2f}×"
 
 
-def fill(text: str, content: str) -> str:
-    """`text` with what stands between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the text must hold {BEGIN} and, after it, {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+def last_run(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the run that was written last."""
+    rows = list(rows)
+    return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def adapters(rows: Iterable[Row]) -> str:
+    """What changing LoRAs costs: of each variant seconds, and how often it was traced and captured for that."""
+    rows = last_run(rows)
+    if not rows:
+        return "Not measured yet."
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(row["operation"], row["variant"]): row for row in rows}
+    lines = [f"| seconds | {' | '.join(variants)} | memory |", f"|---|{'---|' * len(variants)}---|"]
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        line = [operation]
+        for variant in variants:
+            row = cells.get((operation, variant))
+            seconds = cell(number(row, "seconds"), "{:.2f}")
+            counts = [int(number(row, column) or 0) for column in ("retraces", "recaptures")]
+            line.append(f"{seconds} ({counts[0]}, {counts[1]})" if any(counts) else seconds)
+        memory = [number(cells.get((operation, variant)), "peak_mib") for variant in ("eager", "sfast")]
+        lines.append(f"| {' | '.join(line)} | {joined(memory, '{:.0f}', ' MiB')} |")
+    return "\n".join([*lines, "", origin(rows[-1], "adapters.csv")])
+
+
+def shapes(rows: Iterable[Row]) -> str:
+    """What each new size costs."""
+    rows = last_run(rows)
+    if not rows:
+        return "Not measured yet."
+    lines = ["| size, batch | first loop | again | more | traces, graphs | graph memory |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        seconds = [cell(number(row, column), "{:.2f} s") for column in ("first_s", "again_s", "extra_s")]
+        counts = f"{row['traces']}, {row['graphs']}"
+        cells = [size(row), *seconds, counts, cell(number(row, "graph_gib"), "{:.2f} GiB")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", origin(rows[-1], "shapes.csv")])
+
+
+def origin(row: Row, name: str) -> str:
+    return (
+        f"From `benchmarks/{name}`: {row['model']}, run {row['run']} on {row['gpu']}, torch {row['torch']}, "
+        f"commit {row['commit'][:9]}."
+    )
+
+
+TABLES = {"results": table, "adapters": adapters, "shapes": shapes}
+
+
+def fill(text: str, content: str, name: str = "results") -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the text must hold {begin} and, after it, {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def read(path: Path) -> list[Row]:
@@ -182,12 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tables", description="Writes the README's measured table."
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results.csv")
+    parser.add_argument("--results", type=Path, default=BENCHMARKS, help="the folder of the CSV files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
     options = parser.parse_args(arguments)
     old = options.readme.read_text()
-    new = fill(old, table(read(options.results)))
+    new = old
+    for name, written in TABLES.items():
+        new = fill(new, written(read(options.results / f"{name}.csv")), name)
     if options.check:
         return int(old != new)
     options.readme.write_text(new)

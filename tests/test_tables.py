@@ -2,6 +2,7 @@ import pytest
 
 from benchmarks import tables
 
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COLUMNS = (
     "run,model,variant,precision,width,height,batch,ms,ms_p20,ms_p80,first_call_s,peak_gib,nodes,error,eager_error"
 )
@@ -80,13 +81,13 @@ def test_models_without_sfast_are_left_out():
 
 
 def test_fill_replaces_what_stands_between_the_markers_and_nothing_else():
-    text = f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n"
+    text = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
     filled = tables.fill(text, "new")
-    assert filled == f"above\n{tables.BEGIN}\nnew\n{tables.END}\nbelow\n"
+    assert filled == f"above\n{BEGIN}\nnew\n{END}\nbelow\n"
     assert tables.fill(filled, "new") == filled
 
 
-@pytest.mark.parametrize("text", ["", tables.BEGIN, f"{tables.END}{tables.BEGIN}", 2 * f"{tables.BEGIN}{tables.END}"])
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", 2 * f"{BEGIN}{END}"])
 def test_fill_refuses_a_text_without_its_markers(text):
     with pytest.raises(ValueError, match="once each"):
         tables.fill(text, "new")
@@ -103,3 +104,35 @@ def test_the_ladder_has_every_rung_and_what_it_gained():
     assert len(lines) == 2 + len(steps) and lines[0] == "| each with those above it | sd15, 512×512, 2 |"
     assert lines[2] == "| eager | 100.00 ms |" and lines[4] == "| graph | 90.00 ms (1.06×) |"
     assert tables.ladder(rows[1:]) == []  # of another run than its rungs: eager is missing
+
+
+def test_what_changing_adapters_costs():
+    rows = [
+        {"operation": operation, "variant": variant, "seconds": str(seconds), "retraces": traces, "recaptures": "0"}
+        | {
+            "peak_mib": "120.5",
+            "run": run,
+            "model": "sdxl",
+            "gpu": "some GPU",
+            "torch": "2.11.0",
+            "commit": "abcdef0123",
+        }
+        for run in ("r1", "r2")
+        for operation, variant, seconds, traces in (
+            ("load", "eager", 1.25, "0"),
+            ("load", "compile-hotswap", 30, "2"),
+            ("scale", "eager", 0.5, "0"),
+        )
+    ]
+    lines = tables.adapters(rows).split("\n")
+    assert lines[0] == "| seconds | eager | compile-hotswap | memory |"
+    assert lines[2:4] == ["| load | 1.25 | 30.00 (2, 0) | 120 / – MiB |", "| scale | 0.50 | – | 120 / – MiB |"]
+    assert "run r2 on some GPU" in lines[-1]
+    assert tables.adapters([]) == "Not measured yet."
+
+
+def test_what_a_new_size_costs():
+    row = {"run": "r1", "model": "sdxl", "width": "768", "height": "1344", "batch": "2", "traces": "1", "graphs": "14"}
+    row |= {"first_s": "0.41", "again_s": "0.169", "extra_s": "0.243", "graph_gib": "0.93"}
+    row |= {"gpu": "some GPU", "torch": "2.11.0", "commit": "abcdef0123"}
+    assert tables.shapes([row]).split("\n")[2] == "| 768×1344, 2 | 0.41 s | 0.17 s | 0.24 s | 1, 14 | 0.93 GiB |"
