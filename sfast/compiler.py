@@ -143,6 +143,8 @@ def _check_has_data(name: str, module: torch.nn.Module) -> None:
 def _unsupported(module: torch.nn.Module) -> str | None:
     if is_scripted(module):
         return "it is a TorchScript module already"
+    if isinstance(getattr(module, "_orig_mod", None), torch.nn.Module):
+        return "torch.compile has compiled it already"
     weight = next(module.parameters(), None)
     if weight is None:
         return "it has no weights"

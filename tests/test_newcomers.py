@@ -78,6 +78,17 @@ def test_restored_in_one_of_two_pipelines(said: Any) -> None:
     assert "unet" not in traces(two.pipe)  # asked for, and not undone by the other pipeline
 
 
+def test_what_torch_compile_has_compiled_is_left_to_it(said: Any) -> None:
+    twin = Twin()
+
+    def compiled(pipe: Pipeline) -> None:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+    twin.changed(compiled)
+    assert said() == ["unet: stays eager: torch.compile has compiled it already"]
+    assert twin.traces() == {"text_encoder": 1}
+
+
 def test_what_cannot_be_compiled_says_so(said: Any) -> None:
     twin = Twin("controlnet")
     twin.draws_as()
