@@ -7,6 +7,7 @@ one line that says why.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import types
@@ -20,7 +21,7 @@ from sfast import fallback, launch, native, verify
 from sfast.config import CompilationConfig
 from sfast.containers import ChangesContainers, repeat
 from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
-from sfast.decisions import DecidesByValue, Decisions
+from sfast.decisions import Decisions, Untraceable
 from sfast.fusions import chosen_fusions
 from sfast.instead import StandIn, go_into_copies, stay_out_of_copies
 from sfast.kernels import nearby
@@ -112,6 +113,11 @@ class Component(StandIn):
         if not self._active or is_tracing() or torch.compiler.is_compiling():
             return self.eager(*args, **kwargs)
         self.pictures.saw(self.name)
+        # Another thread's call may be for adapters of another strength, and both are merged into the same memory.
+        with self.lock if self.state.adapters.at_work else contextlib.nullcontext():
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         self.state.picture = self.pictures.count
         plain, self.state.scale = take_scale(type(self.module).forward, kwargs)
         tensors: list[torch.Tensor] = []
@@ -130,7 +136,9 @@ class Component(StandIn):
             with self.lock:
                 self._forget()  # another computation: what was traced for the one before is never asked again
                 self._version = self.state.version
-        self._merge_adapters()
+        if self.state.adapters.dirty:
+            with self.lock, fallback.timed(f"{self.name}: merging adapters"):
+                self.state.merge_adapters()
         why = self.state.why_eager(tensors)
         if why is None and not self.config.enable_jit and self.state.adapters.present:
             why = "it has adapters, which only a trace leaves out; set `enable_jit`"
@@ -156,11 +164,6 @@ class Component(StandIn):
             self.note(f"ran eager at {describe_shapes(tensors)}: {fallback.reason(error)}")
             return self._eagerly(args, kwargs)
 
-    def _merge_adapters(self) -> None:
-        if self.state.adapters.dirty:
-            with self.lock, fallback.timed(f"{self.name}: merging adapters"):
-                self.state.merge_adapters()
-
     def _look_at(
         self, call: Hashable, tensors: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], tuple[Hashable, ...], Hashable]:
@@ -168,7 +171,7 @@ class Component(StandIn):
         device = self.state.device
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
-            tensors = [tensor if tensor.is_cuda else _over(tensor, device) for tensor in tensors]
+            tensors = [tensor if tensor.is_cuda else launch.over(tensor, device) for tensor in tensors]
         kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
         signature = self._decided((call, kinds, self.state.key(), _autocast(device.type)), tensors)
         return tensors, signature, tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
@@ -251,7 +254,7 @@ class Component(StandIn):
                         check.rewind()  # tracing and warming up have drawn random numbers, too
                     outputs = launch.run(self, plan, tensors)
                 error = check.error(traced, outputs) if check is not None else None
-            except (DecidesByValue, ChangesContainers) as exception:  # so it does at every shape
+            except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
                 signature = self._decided(signature, tensors)
                 return self._give_up(signature, None, str(exception), check, args, kwargs)
             except Exception as exception:
@@ -334,9 +337,10 @@ class Component(StandIn):
 
     def bring_together(self, call: Trace | EagerCall) -> None:
         """Make neighbours in memory of the weights that a merged linear layer reads as one matrix."""
-        if isinstance(call, Trace) and not self._placement.are_together(call.packs, self.state.weights):
+        packs = call.packs if isinstance(call, Trace) else []
+        if not self._placement.are_together(packs, self.state.weights, self.state.own):
             with self.state.without_adapters():
-                self._placement.bring_together(call.packs, self.state.own)
+                self._placement.bring_together(packs, self.state.own)
 
     def counts(self) -> tuple[int, int]:
         """How often the module was traced, and how many captured graphs there are."""
@@ -390,11 +394,6 @@ def _result(call: Trace | EagerCall, outputs: list[torch.Tensor], args: Any, kwa
 
 def _itself(value: T) -> T:
     return value
-
-
-def _over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pageable memory is read before the call returns; pinned memory while the caller may be writing to it again."""
-    return tensor.to(device, non_blocking=not tensor.is_pinned())
 
 
 def _autocast(device_type: str) -> Hashable:

@@ -22,7 +22,11 @@ MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt, but n
 MAX_NUMBERS = 3  # where they are no integers: times and noise change at every call, a guidance scale does not
 
 
-class DecidesByValue(RuntimeError):
+class Untraceable(RuntimeError):
+    """The module does what no trace can repeat, at any shape."""
+
+
+class DecidesByValue(Untraceable):
     """The module takes a Python decision from the values of a tensor, which no trace can repeat."""
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
 from sfast.containers import Changes, Contents
-from sfast.decisions import DecidesByValue, Guard, depends_on_values, question, read_by_python
+from sfast.decisions import DecidesByValue, Guard, Untraceable, depends_on_values, question, read_by_python
 from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.structure import flatten, unflatten
@@ -146,7 +147,8 @@ def trace(
         merge: whether to merge linear layers that read the same tensor.
 
     Raises:
-        DecidesByValue: the module reads a value in Python that is random, or that it has computed itself.
+        Untraceable: the module calls an operator that takes Python functions of elements.
+        DecidesByValue: it reads a value in Python that is random, or that it has computed itself.
         ChangesContainers: what it does to its arguments cannot be repeated.
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
@@ -248,6 +250,8 @@ class _Repairs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
             return args[0].detach()
+        if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
+            raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {_where()}")
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
         if func in _TAKE_A_NUMBER or (func is torch.full and "dtype" in (kwargs or {})):

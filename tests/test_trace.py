@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
-from sfast.decisions import DecidesByValue
+from sfast.decisions import DecidesByValue, Untraceable
 from sfast.structure import flatten
 from sfast.trace import Trace, is_tracing, trace
 
@@ -111,6 +112,19 @@ def test_a_decision_by_what_the_model_computes_is_refused_with_its_line() -> Non
     with pytest.raises(DecidesByValue, match=r"computed itself: test_trace\.py:\d+.*x @ x\.T"):
         _trace(forward, torch.randn(3, 3))
     assert not is_tracing()
+
+
+def test_functions_of_elements_are_refused_with_their_line() -> None:
+    def mapped(x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: row * 2)(x)
+
+    def attention(x: Tensor) -> Tensor:
+        return flex_attention(x, x, x, score_mod=lambda score, b, h, q, k: score + q - k)
+
+    for forward in (mapped, attention):
+        with pytest.raises(Untraceable, match=r"functions of elements.*: test_trace\.py:\d+"):
+            _trace(forward, torch.randn(1, 1, 4, 8))
+        assert not is_tracing()
 
 
 def test_a_decision_by_random_numbers_is_refused() -> None:
