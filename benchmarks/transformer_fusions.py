@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfast.kernels import linear_cat, modulate, modulate_sums, rms_norm, rotary
+from sfast.kernels import geglu, linear_cat, modulate, modulate_sums, rms_norm, rotary
 
 
 class Case(NamedTuple):
@@ -35,6 +35,11 @@ def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
     yield from wide_cases(randn)
     yield from head_cases(randn)
     ops = torch.ops.sfast
+
+    def image() -> tuple:
+        return randn(2, 11200, 32, 32), 1
+
+    yield Case("silu_gate", "2x11200x32x32", ops.silu_gate, geglu.silu_gate_reference, image, 3 * 11200 * 32 * 32, 0)
     for T, A, B, D in [(4608, 3072, 12288, 3072), (1536, 3072, 12288, 3072)]:
 
         def pair(T: int = T, A: int = A, B: int = B, D: int = D) -> tuple:

@@ -267,4 +267,11 @@ TRANSFORMER_CASES = [
         lambda x, y, t, e: _gated_by(x, y, *_parts(t, e, alpha=2)),
         (HALF, HALF + 1, TABLE, EACH),
     ),
+    Case(
+        "silu_gate",
+        lambda x: F.silu(x.chunk(2, 1)[1]) * x.chunk(2, 1)[0],
+        None,
+        lambda x: F.silu(x.chunk(2, 1)[0]) * x.chunk(2, 1)[1],  # the other half
+        (torch.randn(2, 6, 8),),
+    ),
 ]

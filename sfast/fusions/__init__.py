@@ -28,6 +28,7 @@ from sfast.fusions.linear import (
     LINEAR_GELU,
     LINEAR_IMAGE_ADD,
     LINEAR_SILU,
+    SILU_GATE,
 )
 from sfast.fusions.modulate import (
     ADD_LAYER_NORM_MODULATE,
@@ -83,6 +84,7 @@ FUSIONS: list[Fusion] = [
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone
     LINEAR_GELU,
     LINEAR_SILU,
+    SILU_GATE,
     ADD_GROUP_NORM_SILU,  # before GROUP_NORM_SILU, which would leave the addition
     GROUP_NORM_SILU,  # before GROUP_NORM, which would leave the SiLU
     GROUP_NORM,

@@ -2,7 +2,7 @@
 
 import torch
 
-from sfast.kernels.geglu import linear_geglu_reference
+from sfast.kernels.geglu import linear_geglu_reference, silu_gate_reference
 from sfast.kernels.linear import linear_add_reference, linear_image_add_reference, linear_reference
 from sfast.kernels.linear_activation import linear_gelu_reference, linear_silu_reference
 from sfast.kernels.linear_cat import linear_cat_reference
@@ -26,3 +26,4 @@ LINEAR_IMAGE_ADD = Fusion(
 LINEAR_CAT = Fusion(
     "linear_cat", linear_cat_reference, (_X[..., :4], _X[..., 4:], 2, _WEIGHT, _BIAS), needs=("enable_fused_linears",)
 )
+SILU_GATE = Fusion("silu_gate", silu_gate_reference, (torch.randn(2, 6, 3, 4), 3), needs=("enable_triton",))

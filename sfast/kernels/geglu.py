@@ -2,7 +2,8 @@
 
 Eager runs GELU and a multiplication as two kernels, and rounds between them. In the native operator's own kernel neither the
 product nor the gate ever reach memory; it measures that against a product and a second pass. Elsewhere the product comes from
-a library, and the kernel here reads both halves once, gates in fp32 registers, and writes only the result.
+a library, and the kernel here reads both halves once, gates in fp32 registers, and writes only the result. Where no product
+is before it, but a convolution say, the halves of any tensor are gated so.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ def _native_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def gate_with_gelu(product: Tensor, approximate: str) -> Tensor:
     """h * gelu(gate) for product [..., 2D] = [h, gate], contiguous -> [..., D]."""
     width = product.shape[-1] // 2
+    return _gated(product, width, int(approximate == "tanh"))
+
+
+def _gated(product: Tensor, width: int, activation: int) -> Tensor:
     y = product.new_empty((*product.shape[:-1], width))
     rows = y.numel() // width
     _gate[triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)](
@@ -47,7 +52,7 @@ def gate_with_gelu(product: Tensor, approximate: str) -> Tensor:
         y,
         rows,
         width,
-        int(approximate == "tanh"),
+        activation,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         **launch_options(product.device),
@@ -56,18 +61,18 @@ def gate_with_gelu(product: Tensor, approximate: str) -> Tensor:
     return y
 
 
-@triton.jit(do_not_specialize=["rows", "approximate"])
+@triton.jit(do_not_specialize=["rows", "activation"])
 def _gate(
     product: tl.tensor,
     y: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
-    approximate: tl.tensor,
+    activation: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """A tile [ROWS, COLUMNS] of y; GELU exact, or with tanh where `approximate` is 1."""
+    """A tile [ROWS, COLUMNS] of y; `activation` 0 is GELU, 1 is GELU with tanh, 2 is SiLU."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -76,12 +81,14 @@ def _gate(
     wait_for_previous_kernel(OVERLAP)
     h = tl.load(source, mask=mask, other=0).to(tl.float32)
     gate = tl.load(source + width, mask=mask, other=0).to(tl.float32)
-    if approximate != 0:
+    if activation == 2:
+        activated = gate * tl.sigmoid(gate)
+    elif activation == 1:
         # 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (gate + 0.044715 gate³)
-        gelu = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     else:
-        gelu = gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
-    tl.store(y + row[:, None] * width + column[None, :], (h * gelu).to(y.dtype.element_ty), mask=mask)
+        activated = gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+    tl.store(y + row[:, None] * width + column[None, :], (h * activated).to(y.dtype.element_ty), mask=mask)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> bool:
@@ -94,6 +101,28 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> 
     return triton_takes(x) or _native_takes(x, weight, bias)
 
 
+def silu_gate_reference(x: Tensor, dim: int) -> Tensor:
+    """h * silu(gate) for the two halves [h, gate] of x along `dim`."""
+    h, gate = x.chunk(2, dim)
+    return h * F.silu(gate)
+
+
+def _halves_last(x: Tensor, dim: int) -> Tensor:
+    """x with the dimension that is halved as its last."""
+    return x.movedim(dim, -1)
+
+
+def _silu_gate(x: Tensor, dim: int) -> Tensor:
+    rows = _halves_last(x, dim)
+    return _gated(rows, rows.shape[-1] // 2, 2).movedim(-1, dim)
+
+
+def _takes_halves(x: Tensor, dim: int) -> bool:
+    if x.numel() == 0 or not triton_takes(x) or not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
+        return False
+    return _halves_last(x, dim).is_contiguous()
+
+
 def _half_product(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
@@ -104,4 +133,11 @@ define(
     supports=_takes,
     launch=_linear_geglu,
     fake=_half_product,
+)
+define(
+    "silu_gate(Tensor x, int dim) -> Tensor",
+    reference=silu_gate_reference,
+    supports=_takes_halves,
+    launch=_silu_gate,
+    fake=silu_gate_reference,
 )

@@ -71,6 +71,21 @@ def test_gelu_far_from_zero(approximate, device, runs_kernel) -> None:
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_gate(dtype, device, runs_kernel) -> None:
+    image = torch.randn(2, 6, 3, 5, device=device).to(dtype, memory_format=torch.channels_last)
+    for x, dim in ((image, 1), (torch.randn(2, 3, 34, device=device).to(dtype), -1)):
+        if runs_kernel:
+            assert geglu._takes_halves(x, dim)
+        result = ops.silu_gate(x, dim)
+        assert_close_to_fp64(result, geglu.silu_gate_reference, x, dim)
+        assert result.stride() == geglu.silu_gate_reference(x, dim).stride()
+    for x, dim in ((image, 2), (image.contiguous(), 1), (image[:, :5], 1)):
+        assert not geglu._takes_halves(x, dim)
+        if x.shape[dim] % 2 == 0:
+            assert torch.equal(ops.silu_gate(x, dim), geglu.silu_gate_reference(x, dim))
+
+
 def test_nan_spoils_its_own_row_and_no_other(device) -> None:
     x, weight, bias = make(torch.float32, device)
     x[1, 2, 3] = float("nan")
