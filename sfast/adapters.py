@@ -109,6 +109,11 @@ class Adapters:
         """Whether there are any, active or not."""
         return bool(self._layers)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether there are any, or were at the last call."""
+        return bool(self._layers or self._merged)
+
     def changed(self, scale: float, picture: int) -> bool:
         """Whether graphs may have to read other weights than they do, with `scale` on top of every adapter's own.
 

@@ -49,10 +49,10 @@ class Placement:
                 all_free = False
         return all_free
 
-    def are_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> bool:
-        """Whether the weights of each pack are neighbours."""
-        groups = [[weights[i] for i in places] for pack in packs for places in (pack.weights, pack.biases)]
-        return all(len(group) < 2 or are_adjacent(group) for group in groups)
+    def are_together(self, packs: list[Pack], weights: list[torch.Tensor], own: list[torch.Tensor]) -> bool:
+        """Whether those of each pack are neighbours in `weights`, or `own`, which could be moved, cannot."""
+        groups = [places for pack in packs for places in (pack.weights, pack.biases) if len(places) > 1]
+        return all(are_adjacent([weights[i] for i in g]) or not _movable([own[i] for i in g]) for g in groups)
 
     def bring_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> None:
         """Move the weights of each pack to one storage, unless they lie there already or are not free to move."""

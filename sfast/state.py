@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast.adapters import Adapters, CannotMerge
+from sfast.cuda_graph import follow_replays
 from sfast.fallback import is_out_of_memory, let_through, reason
 from sfast.tree import exchanged, is_foreign, read
 
@@ -37,6 +38,7 @@ class ModuleState:
         self.changes = 0  # how often anything was replaced or moved, whoever noticed
         self.own: list[torch.Tensor] = []  # the module's
         self.weights: list[torch.Tensor] = []  # what graphs read in their places: with adapters, where there are any
+        self.exchanges = 0  # how often these became other tensors
         self.pointers: tuple[int, ...] = ()  # where the weights are: a captured graph is right while they stay
         self.adapters = Adapters()
         self.scale = 1.0  # of all adapters: an argument of the call
@@ -76,6 +78,7 @@ class ModuleState:
     def merge_adapters(self) -> None:
         """Bring what graphs read up to date with the adapters, or find out that they must be computed in Python."""
         with self._lock:
+            follow_replays(self.device)  # graphs read what is written here
             try:
                 merged = self.adapters.merge(self.own)
                 self._cannot_merge = None
@@ -93,6 +96,7 @@ class ModuleState:
     def take_adapters_out(self) -> None:
         """Graphs read the module's own weights, in the memory they had before; the next call merges again."""
         with self._lock:
+            follow_replays(self.device)
             self.adapters.take_out()
             self._take_weights()
 
@@ -195,7 +199,8 @@ class ModuleState:
         self._number_attributes()
 
     def _take_weights(self) -> None:
-        self.weights = self.adapters.read_by_graphs(self.own)
+        before, self.weights = self.weights, self.adapters.read_by_graphs(self.own)
+        self.exchanges += list(map(id, before)) != list(map(id, self.weights))
         self.pointers = self._addresses()
 
     def _addresses(self) -> tuple[int, ...]:
