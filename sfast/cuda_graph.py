@@ -60,13 +60,6 @@ def pool_of(device: torch.device) -> GraphPool:
         return _pools[device]
 
 
-def follow_replays(device: torch.device) -> None:
-    """What the current stream does next comes after the last replay on a device, and before the next one."""
-    pool = _pools.get(device)
-    if pool is not None:
-        pool.follow()
-
-
 class GraphRunner:
     """One captured call. `runner(tensors)` copies the inputs in, replays, and returns fresh copies of the outputs."""
 
@@ -80,7 +73,7 @@ class GraphRunner:
         self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
-        self.given_up = False  # because memory ran out, and not for another graph
+        self.given_up: int | None = None  # bytes that were free when memory ran out and it was dropped
 
     def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
         return self.pool.replay(self, tensors)
@@ -253,11 +246,6 @@ class GraphPool:
             copy(runner.outputs, results)
             return results
 
-    def follow(self) -> None:
-        """As `follow_replays`."""
-        with self._lock, self._on_device():
-            self._follow_the_last_stream()
-
     def _results(self, runner: GraphRunner) -> list[torch.Tensor]:
         return [torch.empty_like(output) for output in runner.outputs]
 
@@ -277,9 +265,9 @@ class GraphPool:
     def make_room(self, but: GraphRunner | None = None) -> bool:
         """Memory has run out: give that of all graphs back, `but` of one; whether there was any."""
         with self._lock, self._on_device():
-            given_up = [runner for runner in self._runners if runner is not but]
+            given_up, free = [runner for runner in self._runners if runner is not but], self.free()
             for runner in given_up:
-                runner.given_up = True
+                runner.given_up = free
                 self._release(runner)
             self._empty_cache()
         if given_up:
@@ -342,10 +330,10 @@ class Patience:
         self._calls = 0  # until the next look
         self._free = 0
 
-    def failed(self, pool: GraphPool | None) -> None:
-        """It did not suffice, with as much free as now."""
+    def failed(self, pool: GraphPool | None, free: int | None = None) -> None:
+        """It did not suffice, with so many bytes free, or with as many as now."""
         self.failures += 1
-        self._free = 0 if pool is None else pool.free()
+        self._free = free if free is not None else 0 if pool is None else pool.free()
         self._calls = 0 if self.failures == 1 else self._longer()
 
     def over(self, pool: GraphPool | None) -> bool:

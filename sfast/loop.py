@@ -9,7 +9,6 @@ what is written through `tensor.data` has no version.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -84,7 +83,11 @@ class Watch:
 
 
 class GivenUp(RuntimeError):
-    """A graph was dropped while it was needed, because memory ran out."""
+    """A graph was dropped while it was needed, because memory ran out; then so many bytes were free."""
+
+    def __init__(self, free: int) -> None:
+        super().__init__("memory ran out")
+        self.free = free
 
 
 class Loop:
@@ -100,36 +103,32 @@ class Loop:
         self._prologue: GraphRunner | None = None
         self._body: GraphRunner | None = None
         self._hoisted: list[torch.Tensor] = []
-        self._read: list[torch.Tensor] = []  # the call's tensors that the prologue has read
-        self._versions: list[int] = []  # theirs, and those of the weights; these are not kept: nobody could move them
+        self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
         self._pointers: tuple[int, ...] = ()
-        self._picture: Hashable = None
+        self._picture = -1
 
     def __call__(
-        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: Hashable, tensors: list[torch.Tensor]
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The flat output tensors; `pointers` are the addresses of the weights.
-
-        `picture` is another for each loop, and where a tensor in `weights` is another.
+        """The flat output tensors; `pointers` are the addresses of the weights, `picture` is another for each loop.
 
         Only for one thread at a time: another one's prompt must not come between prologue and body.
         """
         self.calls += 1
-        if any(runner is not None and runner.given_up for runner in (self._prologue, self._body)):
-            raise GivenUp("memory ran out")
+        self._raise_if_given_up()
         if self._pool is not None and (self._dropped() or pointers != self._pointers):
             self._capture(self._pool, weights, tensors)
         if pointers != self._pointers or picture != self._picture:
             self._read = []  # there may be other values in them, whatever their versions say
             self._pointers, self._picture = pointers, picture
-        read = [tensors[i] for i in self._stable]
-        versions = [version_of(tensor) for tensor in (*read, *[weights[i] for i in self.split.prologue_weights])]
-        same = list(map(id, read)) == list(map(id, self._read)) and versions == self._versions and min(versions) >= 0
-        if not same:
+        reads = [tensors[i] for i in self._stable] + [weights[i] for i in self.split.prologue_weights]
+        if len(reads) != len(self._read) or any(
+            [a is not b or not version_of(a) == version >= 0 for a, (b, version) in zip(reads, self._read, strict=True)]
+        ):
             self.misses += 1
             self._read = []  # should it be interrupted, nothing is known
             self._run_prologue(weights, tensors)
-            self._read, self._versions = read, versions
+            self._read = [(tensor, version_of(tensor)) for tensor in reads]
         if self._body is None:
             return self.split.body(weights, tensors, self._hoisted)
         stable = set(self._stable)
@@ -165,8 +164,13 @@ class Loop:
             raise self._released()
 
     def _released(self) -> Exception:
-        given_up = any(runner is not None and runner.given_up for runner in (self._prologue, self._body))
-        return GivenUp("memory ran out") if given_up else RuntimeError("its graph was released while it was used")
+        self._raise_if_given_up()
+        return RuntimeError("its graph was released while it was used")
+
+    def _raise_if_given_up(self) -> None:
+        for runner in (self._prologue, self._body):
+            if runner is not None and runner.given_up is not None:
+                raise GivenUp(runner.given_up)
 
     def _dropped(self) -> bool:
         runners = (self._prologue, self._body)

@@ -35,9 +35,9 @@ class Plan:
         if self.runner is not None:
             if self.runner.graph is not None and self.pointers == pointers:
                 return False
-            if self.runner.given_up:
+            if self.runner.given_up is not None:
+                self.patience.failed(self.pool, self.runner.given_up)
                 self.runner = None
-                self.patience.failed(self.pool)
         return self.patience.over(self.pool)
 
     def waits_no_longer(self) -> bool:
@@ -75,7 +75,7 @@ class Rest:
         places = [*map(torch.Tensor.data_ptr, weights)]
         if len(places) == len(self._places) and 2 * sum(map(operator.ne, places, self._places)) > len(places):
             self._moves, self._calls = self._moves + 1, 0
-        self._places = places  # some may change as they like: those that are brought together, say
+        self._places = places  # some may change as they like: adapters, and weights that are brought together
         self._calls += 1
         return self._moves < self.MOVES or self._calls > self.CALLS
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig
-from sfast.cuda_graph import Patience
+from sfast.cuda_graph import Patience, make_room
 from sfast.trace import Trace
 from tests.faults import HOISTING, TEXT_TO_IMAGE, Kernel, Net, Said, agree, data, draw, draws, net, pipe, right, said
-from tests.graphs import OUT_OF_MEMORY, Pool, pool
+from tests.graphs import CPU, OUT_OF_MEMORY, Pool, pool
 from tests.tiny import Pipeline
 
 __all__ = ["net", "pipe", "pool", "right", "said"]  # fixtures
@@ -245,6 +245,20 @@ def test_out_of_memory_in_a_replay_drops_the_graphs_and_the_step_goes_on(pool: P
     pool.used_by_others = 0
     agree(net, calls=40)
     assert sfast.report(net).graphs == 2 and said() == []
+
+
+def test_graphs_return_after_a_short_want_of_memory_and_not_for_ever(pool: Pool, net: Net, said: Said) -> None:
+    """As where another module's step needs, for a moment, what the graphs hold."""
+    agree(net)
+    returned = []
+    for _ in range(12):
+        pool.used_by_others = pool.size - pool.memory()
+        make_room(CPU)
+        pool.used_by_others = pool.size // 2
+        agree(net, calls=30)
+        returned.append(sfast.report(net).graphs > 0)
+    assert returned[0] and not returned[-1] and 2 <= sum(returned) < 12
+    assert len(said()) == 1
 
 
 def test_eager_gets_the_memory_of_the_graphs(pool: Pool, net: Net, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:

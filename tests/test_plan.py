@@ -15,7 +15,7 @@ class Replays:
     """A runner without a GPU: counts, and returns what nobody else would."""
 
     def __init__(self) -> None:
-        self.graph, self.pool, self.calls, self.given_up = object(), self, 0, False
+        self.graph, self.pool, self.calls, self.given_up = object(), self, 0, None
         self.meanwhile: Callable[[], Any] = lambda: None
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
