@@ -60,6 +60,13 @@ def pool_of(device: torch.device) -> GraphPool:
         return _pools[device]
 
 
+def follow_replays(device: torch.device) -> None:
+    """What the current stream does next comes after the last replay on a device, and before the next one."""
+    pool = _pools.get(device)
+    if pool is not None:
+        pool.follow()
+
+
 class GraphRunner:
     """One captured call. `runner(tensors)` copies the inputs in, replays, and returns fresh copies of the outputs."""
 
@@ -245,6 +252,11 @@ class GraphPool:
             runner.graph.replay()
             copy(runner.outputs, results)
             return results
+
+    def follow(self) -> None:
+        """As `follow_replays`."""
+        with self._lock, self._on_device():
+            self._follow_the_last_stream()
 
     def _results(self, runner: GraphRunner) -> list[torch.Tensor]:
         return [torch.empty_like(output) for output in runner.outputs]
