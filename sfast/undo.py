@@ -37,7 +37,7 @@ class Undo:
         for module in modules:
             self._places += [(place, place.copy()) for place in (vars(module), *_contents(module))]
         self._flags = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-        self._values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in overwritten]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
 
     def undo(self) -> None:
         """Everything stands where it stood, with the values that it had."""
@@ -50,9 +50,9 @@ class Undo:
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for tensor, version, values in self._values:
-                if tensor._version != version:
+        for tensor, values in self._values:
+            if not torch.equal(tensor, values):
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(values)
 
 
@@ -60,6 +60,8 @@ def _contents(module: torch.nn.Module) -> list[Any]:
     places: list[Any] = [module._parameters, module._buffers, module._modules]
     if is_adapted(module):  # ranks, alphas, scalings
         places += [value for value in vars(module).values() if isinstance(value, (dict, list))]
+    if hasattr(config := vars(module).get("_internal_dict"), "__dict__"):
+        places.append(vars(config))  # diffusers notes there that a file has widened an input
     if isinstance(configs := vars(module).get("peft_config"), dict):
         places += [configs, *map(vars, configs.values())]
     return places

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -137,6 +138,23 @@ def test_quick_is_the_same(tiny: str, first: dict, second: dict, quick: list[str
     assert_equal()
     targets = {c.layer for c in lora_files.draw(TINY[tiny].build(), {parts[0]: second.get("pattern", ATTENTION)})}
     assert set(getattr(mine, parts[0]).peft_config["third"].target_modules) >= targets
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_makes_few_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One of each kind, however many there are; the time that a swap takes is theirs."""
+    pipe = TINY["sdxl"].build()
+    path, other = files(tmp_path, "sdxl", {"kind": "kohya", "alpha": 2.0}, {"rank": 9})
+    made = []
+    update = LoraLayer.update_layer
+    monkeypatch.setattr(LoraLayer, "update_layer", lambda *args, **kwargs: made.append(1) or update(*args, **kwargs))
+    quickly(pipe, path, "first")
+    layers = [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]
+    kinds = {(module.base_layer.weight.shape, module.base_layer.bias is None) for module in layers}
+    assert len(layers) > 2 * len(kinds)
+    assert len(made) == len(kinds)
+    quickly(pipe, other, "second")
+    assert len(made) == 2 * len(kinds)
 
 
 @pytest.mark.parametrize("spec", [{"dora": True}, {"bias": True, "pattern": FEED_FORWARD}])

@@ -81,6 +81,7 @@ def everything(pipe: Pipeline) -> dict[str, Any]:
         if isinstance(model, nn.Module):
             found |= {f"{part}.{name}": value for name, value in facts(model).items()}
             found |= {f"{part}.{name} is": id(module) for name, module in model.named_modules()}
+            found[f"{part}.config"] = vars(model.config)
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     found |= {f"{name} is": (id(value), value.data_ptr()) for name, value in tensors.items()}
     return found | {name: _copy(value) for name, value in found.items()}
@@ -263,6 +264,30 @@ def test_a_bad_file_changes_nothing(user: User, how: str) -> None:
             assert_same(everything(user.pipe), before)
     user.swap({other: 0.6})
     user.check({other: 0.6})
+
+
+def test_what_a_file_for_flux_overwrites(tmp_path: Path) -> None:
+    """It may have norms, which are written in place, and need a wider input layer; then its last part does not fit."""
+    pipe = TINY["flux"].build()
+    wanted = {"transformer": ATTENTION, "text_encoder": TEXT}
+    changes = lora_files.draw(TINY["flux"].build(), wanted)
+    tensors = {f"{change.path}.lora_A.weight": change.down for change in changes}
+    tensors |= {f"{change.path}.lora_B.weight": change.up for change in changes}
+    wide, norm = pipe.transformer.x_embedder, pipe.transformer.transformer_blocks[0].attn.norm_q.weight
+    tensors["transformer.x_embedder.lora_A.weight"] = torch.randn(4, 2 * wide.in_features)
+    tensors["transformer.x_embedder.lora_B.weight"] = torch.randn(wide.out_features, 4)
+    tensors["transformer.transformer_blocks.0.attn.norm_q.weight"] = norm + 1
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save_file(tensors, good)
+    last = next(key for key in tensors if key.startswith("text_encoder") and "lora_A" in key)
+    save_file({**tensors, last: torch.randn(4, 7)}, bad)
+    before = everything(pipe)
+    with pytest.raises(ValueError, match=r"bad\.safetensors` cannot be loaded, nothing has changed"):
+        sfast.swap_lora(pipe, {bad: 1.0})
+    assert_same(everything(pipe), before)
+    sfast.swap_lora(pipe, {good: 1.0})
+    assert pipe.transformer.config.in_channels == 2 * wide.in_features
+    assert torch.equal(norm, before["transformer.transformer_blocks.0.attn.norm_q._parameters.weight"] + 1)
 
 
 class Interrupt:
