@@ -56,6 +56,11 @@ def run(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> list[t
     return outputs
 
 
+def over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pageable memory is read before the call returns; pinned memory while the caller may be writing to it again."""
+    return tensor.to(device, non_blocking=not tensor.is_pinned())
+
+
 def capture_if_possible(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> None:
     """Capture a new plan's call, or arrange for its two parts to be captured as it runs, unless something speaks against it."""
     if _must_wait(component, plan) or _begin_in_two_parts(component, plan):
@@ -67,7 +72,7 @@ def capture_if_possible(component: Component, plan: Plan, tensors: list[torch.Te
 def _must_wait(component: Component, plan: Plan) -> bool:
     """Whether the graphs of a plan are useless now, and new ones would be soon."""
     state = component.state
-    if plan.pool is None or plan.fits(state.pointers) or component.rest.is_long_enough(state.own):
+    if plan.pool is None or plan.fits(state.pointers) or component.rest.is_long_enough(state.weights):
         return False
     component.note(Rest.WHY)
     with component.lock:
@@ -154,7 +159,7 @@ def _run_loop(
     if not loop.wasted():
         state = component.state
         try:
-            return loop(state.weights, state.pointers, component.pictures.count, tensors)
+            return loop(state.weights, state.pointers, (component.pictures.count, state.exchanges), tensors)
         except GivenUp as error:
             plan.patience.failed(plan.pool, error.free)
             plan.watch = Watch()  # for when there is memory again

@@ -9,6 +9,7 @@ what is written through `tensor.data` has no version.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -103,14 +104,17 @@ class Loop:
         self._prologue: GraphRunner | None = None
         self._body: GraphRunner | None = None
         self._hoisted: list[torch.Tensor] = []
-        self._read: list[tuple[torch.Tensor, int]] = []  # what the prologue has read, and its version then
+        self._read: list[torch.Tensor] = []  # the call's tensors that the prologue has read
+        self._versions: list[int] = []  # theirs, and those of the weights; these are not kept: nobody could move them
         self._pointers: tuple[int, ...] = ()
-        self._picture = -1
+        self._picture: Hashable = None
 
     def __call__(
-        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: int, tensors: list[torch.Tensor]
+        self, weights: list[torch.Tensor], pointers: tuple[int, ...], picture: Hashable, tensors: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The flat output tensors; `pointers` are the addresses of the weights, `picture` is another for each loop.
+        """The flat output tensors; `pointers` are the addresses of the weights.
+
+        `picture` is another for each loop, and where a tensor in `weights` is another.
 
         Only for one thread at a time: another one's prompt must not come between prologue and body.
         """
@@ -121,14 +125,14 @@ class Loop:
         if pointers != self._pointers or picture != self._picture:
             self._read = []  # there may be other values in them, whatever their versions say
             self._pointers, self._picture = pointers, picture
-        reads = [tensors[i] for i in self._stable] + [weights[i] for i in self.split.prologue_weights]
-        if len(reads) != len(self._read) or any(
-            [a is not b or not version_of(a) == version >= 0 for a, (b, version) in zip(reads, self._read, strict=True)]
-        ):
+        read = [tensors[i] for i in self._stable]
+        versions = [version_of(tensor) for tensor in (*read, *[weights[i] for i in self.split.prologue_weights])]
+        same = list(map(id, read)) == list(map(id, self._read)) and versions == self._versions and min(versions) >= 0
+        if not same:
             self.misses += 1
             self._read = []  # should it be interrupted, nothing is known
             self._run_prologue(weights, tensors)
-            self._read = [(tensor, version_of(tensor)) for tensor in reads]
+            self._read, self._versions = read, versions
         if self._body is None:
             return self.split.body(weights, tensors, self._hoisted)
         stable = set(self._stable)

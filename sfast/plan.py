@@ -75,7 +75,7 @@ class Rest:
         places = [*map(torch.Tensor.data_ptr, weights)]
         if len(places) == len(self._places) and 2 * sum(map(operator.ne, places, self._places)) > len(places):
             self._moves, self._calls = self._moves + 1, 0
-        self._places = places  # some may change as they like: adapters, and weights that are brought together
+        self._places = places  # some may change as they like: those that are brought together, say
         self._calls += 1
         return self._moves < self.MOVES or self._calls > self.CALLS
 
