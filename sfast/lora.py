@@ -65,7 +65,7 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
         before = Undo(pipe, parts, _overwritten(pipe, parts))
         try:
             pairs = zip(adapters, names, strict=True)
-            _load(pipe, [(adapter, name) for adapter, name in pairs if name not in loaded], options)
+            _load(pipe, parts, [(adapter, name) for adapter, name in pairs if name not in loaded], options)
             _activate(pipe, names, strengths)
             if unwanted := [name for name in loaded if _NAME_OF_FILE.fullmatch(name) and name not in names]:
                 pipe.delete_adapters(unwanted)
@@ -124,10 +124,15 @@ def _overwritten(pipe: Any, parts: list[torch.nn.Module]) -> list[torch.Tensor]:
     return [p for part in parts for name, p in part.named_parameters() if any(key in name for key in keys)]
 
 
-def _load(pipe: Any, adapters: list[tuple[str | os.PathLike[str], str]], options: Mapping[str, Any]) -> None:
+def _load(
+    pipe: Any,
+    parts: list[torch.nn.Module],
+    adapters: list[tuple[str | os.PathLike[str], str]],
+    options: Mapping[str, Any],
+) -> None:
     if not adapters:
         return
-    with _quick_loading([part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]):
+    with _quick_loading(parts):
         for adapter, name in adapters:
             try:
                 pipe.load_lora_weights(**{**_source(adapter), **options, "adapter_name": name})
