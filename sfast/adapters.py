@@ -142,7 +142,7 @@ class Adapters:
         with torch.no_grad():
             for layer in self._layers:
                 if layer.wrapper.disable_adapters and layer.wrapper.merged:
-                    layer.wrapper.unmerge()  # as its forward does
+                    _unmerge(layer.wrapper, self._scale)
             jobs = self._jobs()
             weights = [weight for _, _, weights in jobs for weight in weights]
             watched = list({id(t): t for t in [*self._tensors(), *weights]}.values())
@@ -247,6 +247,19 @@ class Adapters:
         return merged
 
 
+def _unmerge(wrapper: Any, scale: float) -> None:
+    """What the forward of a disabled layer does first, when diffusers has scaled the layer for this call."""
+    scaling = getattr(wrapper, "scaling", {})
+    strengths = dict(scaling)
+    try:
+        scaling.update(
+            {name: strength * scale for name, strength in strengths.items() if name in wrapper.active_adapters}
+        )
+        wrapper.unmerge()
+    finally:
+        scaling.update(strengths)
+
+
 def _write(layer: Adapted, active: list[tuple[str, float]], moved: list[_Merged]) -> None:
     for merged in moved:
         merged.stamp = None  # whoever interrupts it leaves nothing known
@@ -276,11 +289,11 @@ def _is_plain(layer: Adapted, active: list[tuple[str, float]]) -> bool:
 
 def _looks_elsewhere(layer: Adapted, name: str) -> bool:
     """Whether a convolution's adapter computes with other pixels than the layer inside: peft's pad with zeros."""
-    down = getattr(layer.wrapper, "lora_A", {})
-    if not hasattr(layer.base, "padding_mode") or name not in down:
-        return False
-    geometry = operator.attrgetter("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    return bool(geometry(layer.base) != geometry(down[name]))
+    base, down = layer.base, getattr(layer.wrapper, "lora_A", {})
+    if getattr(base, "padding_mode", "zeros") != "zeros" and any(base._reversed_padding_repeated_twice):
+        return True
+    geometry = operator.attrgetter("kernel_size", "stride", "padding", "dilation")
+    return hasattr(base, "padding_mode") and name in down and bool(geometry(base) != geometry(down[name]))
 
 
 def _add_products(layer: Adapted, active: list[tuple[str, float]], merged: _Merged) -> None:

@@ -6,6 +6,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -131,6 +132,26 @@ def circular() -> nn.Module:
     module = Convolution()
     module.a.padding_mode = "circular"  # and that of an adapter is "zeros"
     return module
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.LoHaConfig])
+@pytest.mark.parametrize("size", [1, 3])
+@torch.no_grad()
+def test_an_adapter_pads_with_zeros_whatever_its_layer_does(kind: Any, size: int) -> None:
+    def wrapped() -> nn.Module:
+        torch.manual_seed(0)
+        module = Convolution()
+        module.a = nn.Conv2d(1, 1, size, padding=size // 2, padding_mode="circular")
+        options = {"init_lora_weights": False} if kind is peft.LoraConfig else {"init_weights": False}
+        peft.inject_adapter_in_model(kind(r=2, target_modules=["a"], **options), module)
+        return module.eval().requires_grad_(False)
+
+    eager, compiled, x = wrapped(), sfast.compile(wrapped()), torch.randn(16, 16)
+    switch(compiled, False)
+    compiled(x)
+    switch(compiled, True)
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-4)
+    assert bool(component_of(compiled).fallbacks) == (size > 1)
 
 
 def float8() -> nn.Module:
@@ -296,3 +317,25 @@ def test_threads_that_ask_for_different_strengths_get_theirs() -> None:
         sys.setswitchinterval(before)
     assert len(errors) == 40
     assert max(errors) < 1e-3
+
+
+def test_fused_adapters_that_are_disabled_come_out_at_the_strength_of_the_call() -> None:
+    """As in eager, where the layers are scaled when their forward takes out what was fused at another strength."""
+    tiny = TINY["text-to-image"]
+    eager = tiny.build()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = eager.unet.get_submodule(name).weight.clone()
+    lora = {f"unet.{name}.lora_A.weight": torch.randn(2, weight.shape[1]) * 0.3}
+    lora[f"unet.{name}.lora_B.weight"] = torch.randn(weight.shape[0], 2)
+    eager.load_lora_weights(lora)
+    pipe = sfast.compile(copy.deepcopy(eager))
+    drawn = []
+    for each in (eager, pipe):
+        each.fuse_lora()
+        each.disable_lora()
+        drawn.append(tiny.draw(each, steps=2, output_type="latent", cross_attention_kwargs={"scale": 0.5}))
+        assert each.unet.get_submodule(name).scaling == {"default_0": 1.0}
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-3, atol=1e-4)
+    weights = [each.unet.get_submodule(name).base_layer.weight for each in (eager, pipe)]
+    torch.testing.assert_close(weights[1], weights[0])
+    assert not torch.allclose(weights[0], weight, rtol=1e-2, atol=1e-2)
