@@ -89,7 +89,8 @@ def _welcome(config: CompilationConfig, pipe: object, pictures: Pictures) -> Non
         modules = find_components(pipe)
         for name, module in modules.items():
             _check_has_data(name, module)
-        _install(modules, config, pictures)
+            installed = component_of(module)  # whoever has compiled it has said how
+            _install({name: module}, config if installed is None else installed.config, pictures)
     except (TypeError, ValueError) as error:
         fallback.note(type(pipe).__name__, f"new components stay eager: {fallback.reason(error)}")
 

@@ -59,6 +59,18 @@ def test_with_the_configuration_of_the_others(said: Any) -> None:
     assert component_of(twin.pipe.unet).config == CompilationConfig()
 
 
+def test_a_module_that_was_compiled_otherwise_stays_so(said: Any) -> None:
+    twin = Twin()
+    other, config = tiny.unet(), CompilationConfig(enable_hoisting=False)
+    sfast.compile(other, config)
+    installed = component_of(other)
+    twin.pipe.unet = other
+    twin.draw(twin.pipe)
+    assert component_of(other) is installed
+    assert installed.config == config
+    assert installed.pictures.newcomers
+
+
 def test_not_after_restore(said: Any) -> None:
     twin = Twin()
     twin.draws_as()
