@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import SD35AdaLayerNormZeroX
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPAttention
@@ -40,7 +41,8 @@ COMPONENTS: dict[str, dict[str, int]] = {
 }
 GROUP_NORMS = ("group_norm", "group_norm_silu", "add_group_norm_silu")
 TURNED = ("shift_transpose_layer_norm", "add_shift_transpose_layer_norm")  # of videos
-LAYER_NORMS = ("layer_norm", "add_layer_norm", *TURNED)
+MODULATED = ("layer_norm_modulate", "add_layer_norm_modulate", "gate_add_layer_norm_modulate")
+LAYER_NORMS = ("layer_norm", "add_layer_norm", *TURNED, *MODULATED)
 
 
 @dataclass
@@ -119,7 +121,8 @@ def test_nothing_falls_back(drawn: Drawn) -> None:
 def test_every_norm_and_geglu_that_ran_is_fused(drawn: Drawn) -> None:
     fusions = drawn.reports[-1].fusions
     assert sum(fusions.get(name, 0) for name in GROUP_NORMS) == count(drawn.ran, nn.GroupNorm)
-    assert sum(fusions.get(name, 0) for name in LAYER_NORMS) == count(drawn.ran, nn.LayerNorm)
+    again = count(drawn.ran, SD35AdaLayerNormZeroX)  # one norm and two modulations, of which each computes it
+    assert sum(fusions.get(name, 0) for name in LAYER_NORMS) == count(drawn.ran, nn.LayerNorm) + again
     assert fusions.get("linear_geglu", 0) == count(drawn.ran, GEGLU)
     assert fusions["group_norm_silu"] >= 4
 
