@@ -28,12 +28,20 @@ class Pictures:
     """Counts a pipeline's pictures: encoding a prompt or decoding latents is what happens between two loops."""
 
     def __init__(self, follower: Follower | None = None, newcomers: Newcomers | None = None) -> None:
-        self.count = 0
+        self._own = 0
+        self._others: weakref.WeakSet[Pictures] = weakref.WeakSet()  # of other pipelines, for as long as they draw
         self.followers = [] if follower is None else [follower]
         self.newcomers = [] if newcomers is None else [newcomers]
 
+    @property
+    def count(self) -> int:
+        """Another number for each picture."""
+        return self._own + sum([other._own for other in self._others])
+
     def join(self, other: Pictures) -> None:
         """The components are another pipeline's, too (or the same one's, compiled again)."""
+        if other is not self:
+            self._others.add(other)
         self.followers = _joined(self.followers, other.followers)
         self.newcomers = _joined(self.newcomers, other.newcomers)
 
@@ -50,7 +58,7 @@ class Pictures:
         for newcomers in self.newcomers:
             newcomers.look(self)
         if component.startswith(BETWEEN_PICTURES):
-            self.count += 1
+            self._own += 1
 
 
 def _joined(old: list[Any], new: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig
-from sfast.loop import PATIENCE, Loop, Watch
+from sfast.loop import PATIENCE, Loop, Pictures, Watch
 from tests import tiny
 
 HOISTING = CompilationConfig(enable_hoisting=True)
@@ -280,6 +280,18 @@ def test_a_module_alone_is_not_hoisted_unless_asked() -> None:
         m.key.weight.data.mul_(2)  # has no version
     for x, t in steps(2):
         agree(module(x, t, prompt), eager(x, t, prompt))
+
+
+def test_pictures_of_all_pipelines_that_a_module_belongs_to_count() -> None:
+    first, second = Pictures(), Pictures()
+    first.join(second)
+    first.join(second)
+    seen = [first.count]
+    for pictures, name in ((first, "text_encoder"), (second, "vae.decode"), (second, "unet"), (first, "vae")):
+        pictures.saw(name)
+        seen.append(first.count)
+    assert seen == [0, 1, 2, 2, 3]
+    assert second.count == 1
 
 
 def test_every_picture_of_a_pipeline_runs_the_prologue_again() -> None:
