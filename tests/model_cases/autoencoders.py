@@ -167,7 +167,10 @@ CASES: dict[str, Case] = {
     "AutoencoderKLHunyuanVideo15": video(HUNYUAN, 5, 3, batch=None),
     "AutoencoderKLHunyuanImageRefiner": video(HUNYUAN, 5, 3),
     "AutoencoderKLKVAEVideo": video(
-        {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2}, 3, 5
+        {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
+        3,
+        5,
+        slow=True,
     ),
     "AutoencoderKLLTXVideo": video(
         {**LTX, "layers_per_block": (1, 1, 1, 1), "spatio_temporal_scaling": (True, True, True, False)}
@@ -244,6 +247,7 @@ CASES: dict[str, Case] = {
         | {"regularizer": "fsq", "codebook_size": 262144},
         16,
         8,
+        slow=True,
     ),
     "Kandinsky6SRVAE": video(
         {"latent_channels": 4, "encoder_block_out_channels": (32,) * 5, "decoder_block_out_channels": (32,) * 5}
