@@ -11,10 +11,12 @@ from diffusers import StableDiffusionPipeline
 
 from sfast import adapters
 from tests.soak.operation import OPERATIONS, Step, choose
+from tests.soak.pair import GRAPHS
 from tests.soak.run import MIB, Run, load, run, shrink
 
 OPERATIONS_IN_CI = 200
-GROWTH = 64 * MIB  # over the second half; a captured graph or a trace that is never given back would be more
+# Over the second half; here not every trace and graph has been made by then. A copy of the weights has 20 MiB.
+GROWTH = {"host": 96 * MIB, "allocated": GRAPHS, "reserved": GRAPHS}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,8 @@ def check(result: Run, count: int) -> None:
     assert len(result.done) == count < result.draws
     assert result.python < 0.7 * result.draws  # the others ran without Python's denoiser
     assert result.raised + result.flat < 0.1 * result.draws  # where there is nothing to compare
-    for what in ("host", "allocated", "reserved"):
-        assert result.growth(what) < GROWTH, f"{what} memory: {[getattr(one, what) for one in result.memory]}"
+    for what, limit in GROWTH.items():
+        assert result.growth(what) < limit, f"{what} memory: {[getattr(one, what) for one in result.memory]}"
 
 
 def test_random_operations_leave_the_picture_right(shipped: StableDiffusionPipeline) -> None:

@@ -229,7 +229,7 @@ def mode(pair: Pair, rng: random.Random) -> str:
     return name
 
 
-@operation(weight=2)
+@operation(weight=1)
 def autocast(pair: Pair, rng: random.Random) -> str:
     """One call under autocast, as a script written for training makes it."""
     dtype = torch.bfloat16
@@ -246,7 +246,7 @@ def autocast(pair: Pair, rng: random.Random) -> str:
 # Several at once.
 
 
-@operation(weight=2)
+@operation(weight=1)
 def two_threads(pair: Pair, rng: random.Random) -> None:
     """Two pipelines of the same components, each with a scheduler of its own, drawing at the same time."""
     seeds = [rng.randrange(10**6) for _ in range(2)]

@@ -17,7 +17,7 @@ import sfast
 from sfast import CompilationConfig
 from tests.soak.adapters import loaded
 from tests.soak.operation import operation
-from tests.soak.pair import Pair, modules, weights
+from tests.soak.pair import GRAPHS, Pair, modules, weights
 
 # Weights. What is done to them keeps them in bounds, and is exact in every dtype.
 
@@ -65,7 +65,7 @@ def weights_as_shipped(pair: Pair, rng: random.Random) -> None:
     pair.both(put_back)
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def module_replaced(pair: Pair, rng: random.Random) -> str:
     block = rng.choice(("down_blocks.0", "up_blocks.0", "mid_block"))
     resnet = rng.choice((0, 1)) if block != "down_blocks.0" else 0
@@ -81,7 +81,7 @@ def module_replaced(pair: Pair, rng: random.Random) -> str:
 # Settings of the modules.
 
 
-@operation(weight=3)
+@operation(weight=2)
 def free_u(pair: Pair, rng: random.Random) -> str:
     if rng.random() < 0.5:
         pair.both(lambda pipe: pipe.disable_freeu())
@@ -121,7 +121,7 @@ def attention_processor(pair: Pair, rng: random.Random) -> str:
     return kind
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def qkv_fused(pair: Pair, rng: random.Random) -> str:
     """diffusers' own fusion of projections, there and back in one: with adapters it is not meant to be."""
     if loaded(pair) or pair.eager.unet.encoder_hid_proj is not None:
@@ -194,7 +194,7 @@ def hooked(pair: Pair, rng: random.Random) -> str:
     return "everywhere" if everywhere else path
 
 
-@operation(weight=2, says="gradients are enabled")
+@operation(weight=1, says="gradients are enabled")
 def gradients(pair: Pair, rng: random.Random) -> None:
     """Somebody trains, or looks for a prompt: eager, and the gradient is eager's."""
     noise = torch.Generator().manual_seed(rng.randrange(10**6))
@@ -307,15 +307,15 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@operation(weight=2)
+@operation(weight=1.5)
 def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     changed = rng.choice(CONFIGS)
-    pair.config = CompilationConfig(**changed)
+    pair.config = CompilationConfig(**changed, graph_memory_budget=GRAPHS)
     pair.compile()
     return str(changed)
 
 
-@operation(weight=2)
+@operation(weight=1)
 def restored(pair: Pair, rng: random.Random) -> str:
     """Bit for bit what eager has, and compiled again or left like that until something compiles it."""
     sfast.restore(pair.compiled)

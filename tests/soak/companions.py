@@ -23,25 +23,28 @@ def _picture(seed: int, size: int = SIZE) -> Image.Image:
     return Image.fromarray(drawn).resize((size, size))
 
 
-@operation(weight=2)
+@operation(weight=1)
 def image_to_image(pair: Pair, rng: random.Random) -> None:
     """Through `from_pipe`: the same components, and now also the VAE's encoder."""
     picture, seed = _picture(rng.randrange(10**6)), rng.randrange(10**6)
 
     def redraw(pipe: DiffusionPipeline) -> Tensor:
-        other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=pipe.unet.dtype)
         other.set_progress_bar_config(disable=True)
         if pipe is pair.compiled:
             sfast.compile(other, pair.config)
         noise = torch.Generator().manual_seed(seed)
         call = dict(num_inference_steps=4, strength=0.5, generator=noise, output_type="np", return_dict=False)
-        return torch.from_numpy(other("a ring", image=picture, **call, **_embeds(pair))[0])
+        return torch.from_numpy(other("a ring", image=picture, **call, **_embeds(pair, pipe))[0])
 
     pair.compare(redraw)
 
 
-def _embeds(pair: Pair) -> dict[str, Any]:
-    return {name: pair.call[name] for name in ("ip_adapter_image_embeds",) if name in pair.call}
+def _embeds(pair: Pair, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a UNet with an IP-Adapter cannot do without."""
+    embeds = pair.call.get("ip_adapter_image_embeds", [])
+    moved = [one.to(pipe.device, pipe.unet.dtype) for one in embeds]
+    return {"ip_adapter_image_embeds": moved} if moved else {}
 
 
 def _companion(pair: Pair, pipe: DiffusionPipeline, kind: str) -> nn.Module:
@@ -66,7 +69,7 @@ def _t2i_adapter() -> nn.Module:
     return diffusers.T2IAdapter(channels=[72, 96, 96], num_res_blocks=1, downscale_factor=4)
 
 
-@operation(weight=2)
+@operation(weight=1)
 def control_net(pair: Pair, rng: random.Random) -> str:
     """Another pipeline of the same UNet, with a ControlNet, its scale, and guess mode."""
     picture, seed, scale = _picture(rng.randrange(10**6)), rng.randrange(10**6), rng.choice((0.0, 0.5, 1.0))
@@ -74,18 +77,22 @@ def control_net(pair: Pair, rng: random.Random) -> str:
 
     def controlled(pipe: DiffusionPipeline) -> Tensor:
         net = _companion(pair, pipe, "controlnet")
-        other = diffusers.StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=net)
+        other = diffusers.StableDiffusionControlNetPipeline.from_pipe(
+            pipe,
+            controlnet=net,
+            torch_dtype=pipe.unet.dtype,  # it would cast to fp32
+        )
         other.set_progress_bar_config(disable=True)
         if pipe is pair.compiled:
             sfast.compile(other, pair.config)
         call: dict[str, Any] = {"image": picture, "controlnet_conditioning_scale": scale, "guess_mode": guess}
-        return draw(other, seed, guidance_scale=3.0 if guided else 1.0, **call, **_embeds(pair))
+        return draw(other, seed, guidance_scale=3.0 if guided else 1.0, **call, **_embeds(pair, pipe))
 
     pair.compare(controlled)
     return f"at {scale}{', guessing' if guess else ''}{'' if guided else ', unguided'}"
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def t2i_adapter(pair: Pair, rng: random.Random) -> str:
     picture, seed, scale = _picture(rng.randrange(10**6)), rng.randrange(10**6), rng.choice((0.5, 1.0))
 
@@ -96,7 +103,7 @@ def t2i_adapter(pair: Pair, rng: random.Random) -> str:
         other.set_progress_bar_config(disable=True)
         if pipe is pair.compiled:
             sfast.compile(other, pair.config)
-        return draw(other, seed, image=picture, adapter_conditioning_scale=scale, **_embeds(pair))
+        return draw(other, seed, image=picture, adapter_conditioning_scale=scale, **_embeds(pair, pipe))
 
     pair.compare(adapted)
     return f"at {scale}"

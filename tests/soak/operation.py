@@ -20,7 +20,7 @@ Run = Callable[[Pair, random.Random], str | None]
 # What any operation may make sfast say, because of what operations before it have left behind.
 ANYTIME = (
     r"different structures of arguments: new ones run eager|traces already, none of them|more like these"
-    r"|which only a trace leaves out"
+    r"|which only a trace leaves out|weights are moved again and again|keep their memory format|cache folder"
 )
 
 
