@@ -241,25 +241,34 @@ def _modules(root: torch.nn.Module, tree: Tree) -> list[tuple[str, torch.nn.Modu
     return list(found.values())
 
 
+_OF_WRAPPERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
 def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Watch what the sum of a layer and its adapters is made of, and no more: there may be many hundred such layers."""
+    place = wrapper.__dict__
+    names = [name for name in _OF_WRAPPERS if name in place]
+    get = operator.itemgetter("training", "_modules", *names)
+    tree.getters.append((get, place))
+    tree.got += get(place)
     tensors: list[torch.Tensor] = []
+    for name in names:
+        if isinstance(place[name], (list, dict)):
+            values = place[name].values() if isinstance(place[name], dict) else place[name]
+            tree.watch(values)  # also while it is empty: every new adapter has a scaling
+            tensors += [item for item in values if isinstance(item, torch.Tensor)]
     pending = [wrapper]
     while pending:
         module = pending.pop()
-        tree.watch_attributes(module)
-        for place in (module._parameters, module._buffers, module._modules):
-            if place:
-                tree.watch(place.values())
-        tensors += [t for place in (module._parameters, module._buffers) for t in place.values() if t is not None]
+        for entries in (module._parameters, module._buffers, module._modules):
+            if entries:
+                tree.watch(entries.values())
+        tensors += [t for entries in (module._parameters, module._buffers) for t in entries.values() if t is not None]
         if isinstance(module, _MODAL):
             tree.modal.append(module)
-        tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        if not isinstance(module, torch.nn.ModuleDict):  # which nobody calls
+            tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
         pending += [child for child in module._modules.values() if child is not None and child is not base]
-    for name, value in list(vars(wrapper).items()):  # another thread may be tracing
-        if name not in _OF_EVERY_MODULE and isinstance(value, (list, dict)):
-            values = value.values() if isinstance(value, dict) else value
-            tree.watch(values)  # scaling, merged_adapters
-            tensors += [item for item in values if isinstance(item, torch.Tensor)]
     tree.adapted.append(Adapted(path, wrapper, base, tensors))
 
 
