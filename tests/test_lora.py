@@ -284,7 +284,7 @@ def test_the_calls_of_a_single_model(of: Users) -> None:
 
 
 @pytest.mark.xfail(
-    reason="right without graphs; where calls are captured on the CPU the first picture after a load differs: not understood yet",
+    reason="right without graphs; the first picture after a load differs where calls are captured",
     strict=False,
 )
 def test_two_pipelines_with_one_unet(of: Users) -> None:
