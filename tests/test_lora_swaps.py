@@ -139,6 +139,9 @@ class Shelf:
         return self.random.choice((0.0, 0.3, 0.5, 1.0, 1.0, -0.4))
 
     def load(self) -> None:
+        if not self.enabled:  # else the layers that only the new one has would be enabled, and the others not
+            enable(self.user.pipe)
+            self.enabled = True
         if len(self.loaded) >= 4:
             self.delete()
         name = f"lora-{self.random.randrange(10**6)}"
