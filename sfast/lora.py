@@ -76,6 +76,11 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
 
 def _checked(adapter: Any, strength: Any) -> Any:
     if isinstance(strength, dict):
+        pending = list(strength.values())
+        for each in pending:  # of parts, of blocks, of layers
+            pending += [*each.values()] if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else []
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"the strengths of `{adapter}` must be finite, got {strength}.")
         return strength
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise TypeError(f"the strength of `{adapter}` must be a number or a dictionary, got {strength!r}.")

@@ -349,6 +349,7 @@ def test_what_is_asked_for_must_be_there(user: User, tmp_path: Path) -> None:
         ({"some/body": 1.0}, "`some/body` cannot be loaded, nothing has changed"),
         ({one: 1.0, Path(one): 0.5}, "names the same adapter twice"),
         ({one: float("nan")}, "must be finite"),
+        ({one: {"unet": {"up": [float("nan")]}}}, "must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             user.swap(adapters)
