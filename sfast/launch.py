@@ -106,6 +106,8 @@ def capture(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> No
         plan.pointers = component.state.pointers
     except Exception as error:
         fallback.let_through(error)
+        if not isinstance(error, OverBudget) and not fallback.is_out_of_memory(error):
+            call.run(weights, tensors)  # a call that fails at these shapes by itself says so here
         component.note(f"runs without a CUDA graph at {describe_shapes(tensors)}: {fallback.reason(error)}")
         unasked = isinstance(error, OverBudget) and component.config.graph_memory_budget is None
         short = unasked or fallback.is_out_of_memory(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import math
 import time
 from pathlib import Path
@@ -307,6 +308,8 @@ def test_on_a_gpu_memory_returns_with_the_graphs_over_budget() -> None:
     budget = 96 * 2**20
     eager, compiled = (unet.cuda().half() for unet in unets(CompilationConfig(graph_memory_budget=budget)))
     like = next(eager.parameters())
+    gc.collect()
+    before = pool_of(like.device).memory()  # of whatever others have left alive
     handles, counts = set(), []
     for side in (16, 64, 24, 96, 32, 160, 40, 16):
         inputs = steps((2, side, side), like=like)
@@ -316,7 +319,7 @@ def test_on_a_gpu_memory_returns_with_the_graphs_over_budget() -> None:
         counts.append(report.graphs)
         handles.update(tuple(runner.handle) for runner in pool_of(like.device).runners())
     sfast.restore(compiled)
-    assert pool_of(like.device).memory() == 0
+    assert pool_of(like.device).memory() <= before
     torch.cuda.empty_cache()
     left = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
     assert handles and left.isdisjoint(handles), counts  # all of it is the driver's again

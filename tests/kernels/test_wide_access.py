@@ -96,7 +96,7 @@ def test_layer_norm() -> None:
 
 
 def test_gate_of_geglu() -> None:
-    sizes = {"rows": 8192, "width": 1280, "approximate": 0, "ROWS": 4, "COLUMNS": 256, "OVERLAP": True}
+    sizes = {"rows": 8192, "width": 1280, "activation": 0, "ROWS": 4, "COLUMNS": 256, "OVERLAP": True}
     assert widths(ptx(geglu._gate, 4, product=HALF, y=HALF, **sizes)) == {16}
 
 
