@@ -129,8 +129,10 @@ class Adapters:
         self._scale, self._picture = scale, picture
         return self.dirty
 
-    def merge(self, own: list[torch.Tensor]) -> bool:
-        """Bring what graphs read up to date, and return whether that took anything; `own` is all that the module has.
+    def merge(self, own: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
+        """Bring what graphs read up to date, and return whether that took anything.
+
+        `own` is all that the module has, `read` what stands in its place up to now.
 
         Raises:
             CannotMerge: an adapter has to be computed in Python.
@@ -151,7 +153,7 @@ class Adapters:
             touched = set(map(id, weights))
             for key in [key for key in self._merged if key not in touched]:
                 self._merged.pop(key).release()
-            owners = self._owners(own)
+            owners = self._owners([*own, *read])
             for layer, active, weights in jobs:
                 moved = [self._merged.get(id(weight)) or self._take_place(weight, owners) for weight in weights]
                 read = [*layer.tensors, *weights]
@@ -225,9 +227,10 @@ class Adapters:
             jobs.append((layer, active, weights))
         return jobs
 
-    def _owners(self, own: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    def _owners(self, known: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
         owners: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for tensor in (*own, *[merged.tensor for merged in self._merged.values()]):
+        known += [merged.tensor for merged in self._merged.values()]
+        for tensor in {id(tensor): tensor for tensor in known}.values():
             if not is_traceable_wrapper_subclass(tensor):
                 owners[tensor.untyped_storage().data_ptr()].append(tensor)
         return owners

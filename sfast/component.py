@@ -139,6 +139,7 @@ class Component(StandIn):
         if self.state.adapters.dirty:
             with self.lock, fallback.timed(f"{self.name}: merging adapters"):
                 self.state.merge_adapters()
+                launch.forget_hoisted(self._plans.values())
         why = self.state.why_eager(tensors)
         if why is None and not self.config.enable_jit and self.state.adapters.present:
             why = "it has adapters, which only a trace leaves out; set `enable_jit`"

@@ -8,6 +8,7 @@ again when more of it is free.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +115,13 @@ def capture(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> No
         plan.pool = plan.pool if short else None
     if short:  # here the error is gone, and with it what its frames have held
         plan.patience.failed(plan.pool)
+
+
+def forget_hoisted(plans: Iterable[Plan]) -> None:
+    """Weights have other values: what was computed from them ahead of the steps is computed again."""
+    for plan in plans:
+        if plan.loop is not None:
+            plan.loop.forget()
 
 
 def drop(plan: Plan) -> None:

@@ -80,7 +80,7 @@ class ModuleState:
         with self._lock:
             follow_replays(self.device)  # graphs read what is written here
             try:
-                merged = self.adapters.merge(self.own)
+                merged = self.adapters.merge(self.own, self.weights)
                 self._cannot_merge = None
             except Exception as error:  # a dtype that cannot be added, no memory, ...
                 let_through(error)

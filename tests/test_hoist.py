@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfast
-from sfast import CompilationConfig
+from sfast import CompilationConfig, launch
 from sfast.loop import PATIENCE, Loop, Pictures, Watch
 from tests import tiny
 
@@ -412,3 +412,20 @@ def test_parts_of_a_trace_that_does_not_fit_a_shape_are_no_news() -> None:
     assert (report.traces, report.fallbacks) == (2, [])
     plans = compiled.forward._plans.values()  # type: ignore[union-attr]
     assert [plan.loop is not None for plan in plans] == [True, True]
+
+
+def test_a_prologue_forgotten_runs_again_and_is_no_miss(pair: tuple[Step, Step]) -> None:
+    """peft takes a fused adapter out through `.data`, which nothing counts: whoever merges says so."""
+    eager, compiled = pair
+    prompt = torch.randn(2, 3, 6)
+    for x, t in steps(6):
+        agree(compiled(x, t, prompt), eager(x, t, prompt))
+    loop = loop_of(compiled)
+    assert loop is not None
+    misses = loop.misses
+    for module in pair:
+        module.key.weight.data.mul_(1.5)
+    launch.forget_hoisted(compiled.forward._plans.values())  # type: ignore[attr-defined]
+    for x, t in steps(2):
+        agree(compiled(x, t, prompt), eager(x, t, prompt))
+    assert loop.misses == misses
