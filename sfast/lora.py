@@ -188,8 +188,8 @@ def take_scale(forward: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], fl
     """The keyword arguments of a denoiser's call without the strength of its adapters, and that strength."""
     for name in SCALED_ARGUMENTS:
         given = kwargs.get(name)
-        if isinstance(given, dict) and "scale" in given and name == _scaled_argument(forward):
-            scale = given["scale"]
+        if isinstance(given, dict) and ("scale" in given or not given) and name == _scaled_argument(forward):
+            scale = given.get("scale", 1.0)
             if isinstance(scale, (int, float)):
                 rest = {key: value for key, value in given.items() if key != "scale"}
                 return {**kwargs, name: rest or None}, float(scale)

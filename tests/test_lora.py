@@ -188,9 +188,6 @@ def test_the_strength_among_the_arguments_of_a_call(of: Users, name: str) -> Non
     argument = ARGUMENTS.get(name, "cross_attention_kwargs")
     user.do(load(user.file({user.denoiser: SOME, "text_encoder": SOME_TEXT})))
     seen = [user.check()]
-    if name == "flux":  # its pipeline passes {} without a strength: one more trace, once
-        user.twin.draw(user.pipe, steps=STEPS, **{argument: {"scale": 0.9}})
-        user.look()
     for scale in (0.5, 0.0, 0.5, 1.3):
         seen.append(user.check(**{argument: {"scale": scale}}))
     assert not user.tells(seen[1], seen[3])
@@ -258,7 +255,6 @@ def test_a_strength_or_a_factor_written_by_hand(of: Users) -> None:
     user.put_back()
 
 
-@pytest.mark.xfail(reason="a graph is captured again after `add_adapter`: not understood yet", strict=False)
 def test_the_calls_of_a_single_model(of: Users) -> None:
     user = of("sdxl")
     changes = lora_files.draw(user.pristine(), UNET)
