@@ -92,7 +92,7 @@ class User:
 
     def tells(self, a: Tensor, b: Tensor) -> bool:
         """Whether two pictures differ by more than rounding."""
-        return relative_error(a, b) > (50 if self.tolerance < 1e-3 else 2) * self.tolerance
+        return relative_error(a, b) > (50 if self.tolerance < 1e-3 else 1) * self.tolerance
 
     def put_back(self) -> None:
         """Without adapters and with the base values of the beginning: peft subtracts what it has fused, and rounds."""
