@@ -229,8 +229,7 @@ class Adapters:
 
     def _owners(self, known: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
         owners: dict[int, list[torch.Tensor]] = defaultdict(list)
-        known += [merged.tensor for merged in self._merged.values()]
-        for tensor in {id(tensor): tensor for tensor in known}.values():
+        for tensor in {id(t): t for t in [*known, *[merged.tensor for merged in self._merged.values()]]}.values():
             if not is_traceable_wrapper_subclass(tensor):
                 owners[tensor.untyped_storage().data_ptr()].append(tensor)
         return owners

@@ -21,6 +21,8 @@ from tests import graphs, lora_files
 from tests.tiny import TINY, Pipeline
 from tests.twins import Change, Twin, relative_error
 
+UNET = {"unet": r"attn\d\.to_[qk]$"}
+SOME_TEXT = r"[qv]_proj$"
 STEPS = 5  # of a picture: with fewer, hoisting does not pay where every picture has other weights, and is given up
 Weights = dict[str, tuple[Tensor, tuple[int, ...]]]
 

@@ -22,7 +22,9 @@ from sfast.component import component_of
 from tests import lora_files
 from tests.lora_files import PROMPT
 from tests.lora_user import (
+    SOME_TEXT,
     STEPS,
+    UNET,
     User,
     Users,
     assert_same,
@@ -45,9 +47,7 @@ from tests.twins import Change, relative_error
 
 __all__ = ["of", "owners", "user"]
 
-UNET = {"unet": r"attn\d\.to_[qk]$"}
 SOME = r"(attn\d?\.to_[kv]|attn1?\.to_q|ff\.net\.2|conv1|proj_out)$"  # of a UNet or transformer
-SOME_TEXT = r"[qv]_proj$"
 
 
 def test_strengths_in_all_their_forms(user: User) -> None:

@@ -13,6 +13,8 @@ import sfast
 from tests import lora_files
 from tests.lora_files import FEED_FORWARD, TEXT
 from tests.lora_user import (
+    SOME_TEXT,
+    UNET,
     User,
     Users,
     counts,
@@ -33,9 +35,6 @@ from tests.lora_user import (
 from tests.twins import Change, relative_error
 
 __all__ = ["of", "owners", "user"]
-
-UNET = {"unet": r"attn\d\.to_[qk]$"}
-SOME_TEXT = r"[qv]_proj$"
 
 
 def test_swap_lora_sets_exactly_that_set(user: User) -> None:
