@@ -74,7 +74,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=TOKENS, **special)
 
 
-def text_encoder(projection: bool = False, act: str = "quick_gelu") -> nn.Module:
+def text_encoder(projection: bool = False, act: str = "quick_gelu", tokens: int = TOKENS) -> nn.Module:
     words = tokenizer()
     config = transformers.CLIPTextConfig(
         vocab_size=len(words),
@@ -83,7 +83,7 @@ def text_encoder(projection: bool = False, act: str = "quick_gelu") -> nn.Module
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         hidden_act=act,
         pad_token_id=words.pad_token_id,
         bos_token_id=words.bos_token_id,
