@@ -8,6 +8,7 @@ and `rewrite.py` call TorchScript; `merge.py` and `hoist.py` edit the graphs tha
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import math
@@ -231,6 +232,7 @@ class _Repairs(TorchFunctionMode):
 
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
     - `round()`, `math.trunc()`, `math.floor()` and `math.ceil()` of a size work.
+    - `len()` of a tensor is a size, too, where Python itself would make a number of it: that of a prompt, say.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
@@ -243,6 +245,7 @@ class _Repairs(TorchFunctionMode):
         super().__init__()
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
+        self._len = builtins.len
         self._harmless: set[tuple[int, bool]] = set()  # what `depends_on_values` has been through already
         self.asked: list[torch.Tensor] = []  # the values that Python has decided by
         self.where = ""  # the model's line that did so first
@@ -272,12 +275,14 @@ class _Repairs(TorchFunctionMode):
         for name, method in _ROUNDING.items():
             setattr(torch.Tensor, name, method)
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
+        builtins.len = _first_size(self._len, threading.get_ident())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         for name in _ROUNDING:
             delattr(torch.Tensor, name)
         torch.nn.Module.__call__ = self._call
+        builtins.len = self._len
         super().__exit__(*error)
 
 
@@ -293,6 +298,17 @@ _GLOBAL_HOOKS = [
     for name, hooks in vars(torch.nn.modules.module).items()
     if name.startswith("_global_") and name.endswith("_hooks")
 ]
+
+
+def _first_size(length: Callable[[Any], int], thread: int) -> Callable[[Any], Any]:
+    """`len` for one thread, where the tracer has to see it."""
+
+    def first_size(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and threading.get_ident() == thread and value.dim():
+            return value.size(0)
+        return length(value)
+
+    return first_size
 
 
 def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:

@@ -56,6 +56,21 @@ def test_weights_are_inputs_and_never_copied() -> None:
         assert torch.equal(traced.run(list(block.parameters()), [x])[0], block(x))
 
 
+def test_the_length_of_a_tensor_is_a_size() -> None:
+    def pad(prompt: Tensor) -> Tensor:
+        assert len([prompt]) == 1 and [*range(len(prompt))][-1] == prompt.shape[0] - 1 and [0] * len(prompt)
+        positions = torch.arange(len(prompt) + 1, len(prompt) + 1 + -len(prompt) % 32)
+        return torch.cat([prompt, positions[:, None] * prompt[-1:]]) / len(prompt)
+
+    traced, _ = _trace(pad, torch.randn(5, 2))
+    for n in (5, 1, 31, 40):
+        prompt = torch.randn(n, 2)
+        assert torch.equal(traced.run([], [prompt])[0], pad(prompt))
+    with pytest.raises(TypeError, match="0-d"):
+        _trace(lambda x: x * len(x.sum()), torch.randn(2))
+    assert len(torch.zeros(3)) == 3 and type(len(torch.zeros(3))) is int
+
+
 def test_writes_through_data_are_kept() -> None:
     def forward(x: Tensor) -> Tensor:
         y = x.clone()
