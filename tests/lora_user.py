@@ -47,7 +47,9 @@ class User:
         assert all(count > 0 for _, count in self.counts.values())
 
     def look(self) -> None:
-        """From now on nothing may be traced or captured, and nothing fall back."""
+        """From now on nothing may be traced or captured, and nothing fall back; weights lie where they should."""
+        now = weights(self.pipe)
+        self.weights = {name: (value, now[name][1]) for name, (value, _) in self.weights.items()}
         self.counts, self.notes = counts(self.pipe), own_fallbacks(self.pipe)
         self.graphs = captured(self.pipe)
 
@@ -73,6 +75,7 @@ class User:
         """Take all adapters out, and forget what was done."""
         unload(self.pipe)
         self.done.clear()
+        vars(self.pipe).pop("_lora_scale", None)  # of the last call: diffusers loads text encoders' adapters with it
 
     def check(self, **call: Any) -> Tensor:
         """Draw, compare with a fresh eager pipeline, and return the picture: no trace, capture or fallback is new."""

@@ -279,10 +279,6 @@ def test_the_calls_of_a_single_model(of: Users) -> None:
     user.check()
 
 
-@pytest.mark.xfail(
-    reason="right without graphs; the first picture after a load differs where calls are captured",
-    strict=False,
-)
 def test_two_pipelines_with_one_unet(of: Users) -> None:
     """Loaded through either of them, it is there for both."""
     user = of("text-to-image")
