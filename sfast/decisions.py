@@ -19,6 +19,7 @@ import torch
 
 MAX_GUARDS = 4  # of one signature: different questions about values
 MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt, but not for ever
+MAX_PROMPTS = 4  # whose answers are remembered: guidance calls with two or three in turn
 MAX_NUMBERS = 3  # where they are no integers: times and noise change at every call, a guidance scale does not
 
 
@@ -40,25 +41,44 @@ class Guard:
     text: str  # equal texts compute the same
     where: str  # the model's line that asked first
     numbers: bool  # whether it asked for numbers with a fraction
-    _last: tuple[list[tuple[weakref.ref[torch.Tensor], int]], Hashable] = dataclasses.field(
-        default_factory=lambda: ([], None)
-    )
+    _known: list[tuple[list[tuple[weakref.ref[torch.Tensor], int]], Hashable]] = dataclasses.field(default_factory=list)
 
     def values(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
         """The values that decide; None where they cannot be computed, as on another way than the traced one."""
         read = [tensors[i] for i in self.tensors] + [weights[i] for i in self.weights]
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in read]
-        known, values = self._last
-        if len(known) == len(read) and all(
-            [ref() is t and version == now >= 0 for (ref, version), t, now in zip(known, read, versions, strict=True)]
-        ):
-            return values
+        for known, values in self._known:
+            pairs = zip(known, read, versions, strict=True)
+            if all([ref() is tensor and version == now >= 0 for (ref, version), tensor, now in pairs]):
+                return values
         try:
             values = tuple([(tuple(t.shape), *t.flatten().tolist()) for t in self.compute(weights, tensors)])
         except RuntimeError:
             values = None
-        self._last = [(weakref.ref(t), version) for t, version in zip(read, versions, strict=True)], values
+        last = [(weakref.ref(tensor), version) for tensor, version in zip(read, versions, strict=True)], values
+        self._known = [last, *self._known[: MAX_PROMPTS - 1]]
         return values
+
+
+@dataclasses.dataclass(eq=False)
+class Sizes:
+    """What Python asked of sizes while a call was traced, and was told."""
+
+    compute: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]]  # takes tensors without memory
+    weights: list[int]  # places in the weight list of those it reads
+    tensors: list[int]  # places among the call's tensors of those it reads
+    answers: list[Any]
+
+    def fit(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
+        """Whether Python is told the same at the shapes of another call; None where that cannot be computed."""
+        own, given = [list(x) for x in (weights, tensors)]
+        for known, read in ((own, self.weights), (given, self.tensors)):
+            for i in read:
+                known[i] = torch.empty_like(known[i], device="meta")
+        try:
+            return [answer.tolist() for answer in self.compute(own, given)] == self.answers
+        except (RuntimeError, NotImplementedError):
+            return None
 
 
 class Decisions:
@@ -97,50 +117,6 @@ class Decisions:
 
 
 # ------------------------------------------------------------------------------------------------ noticed while tracing
-
-_AS_BOOL = frozenset((torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero))
-_AS_INT = frozenset((torch.Tensor.__int__, torch.Tensor.__index__))
-_EQUAL = frozenset((torch.Tensor.equal, torch.equal))
-_CLOSE = frozenset((torch.Tensor.allclose, torch.allclose))
-_WHOLE = frozenset(
-    (
-        torch.Tensor.__float__,
-        torch.Tensor.__complex__,
-        torch.Tensor.item,
-        torch.Tensor.tolist,
-        torch.Tensor.numpy,
-        torch.Tensor.__array__,
-        torch.Tensor.__dlpack__,
-        torch.Tensor.__contains__,
-    )
-)
-_CONVERSIONS = _AS_BOOL | _AS_INT | _EQUAL | _CLOSE | _WHOLE
-_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
-
-
-def read_by_python(func: Any, args: Any) -> list[torch.Tensor]:
-    """The tensors whose values a call of `func` gives to Python."""
-    read = args if func in _CONVERSIONS else _listed(*args[:1]) if func in _CONSTRUCTORS else ()
-    return [arg for arg in read if isinstance(arg, torch.Tensor)]
-
-
-def question(func: Any, args: Any, kwargs: Any, read: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What a call of `func` asks for, in as few values as say it: two tensors are equal or not."""
-    if func in _AS_BOOL:
-        return [read[0] != 0]
-    if func in _AS_INT:
-        return [read[0].long()]
-    if func in _EQUAL | _CLOSE and len(read) == 2:
-        if read[0].shape != read[1].shape and func in _EQUAL:
-            return []
-        return [(torch.eq(*read) if func in _EQUAL else torch.isclose(*args, **kwargs)).all()]
-    return [tensor.clone() for tensor in read]  # as it is now: it may be written to
-
-
-def _listed(data: Any = None) -> list[Any]:
-    """The elements of nested lists: `torch.tensor([x.sum(), 1])` reads them."""
-    return [item for part in data for item in _listed(part)] if isinstance(data, (list, tuple)) else [data]
-
 
 _SHAPE_READERS = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
 _SIZED_BY_VALUE = frozenset(

@@ -72,6 +72,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._last: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._same: set[int] = set()  # places of what was the same at the last call as at the one before
         self._calls = 0
 
     def done(self) -> bool:
@@ -79,7 +80,10 @@ class Watch:
         return self._calls > PATIENCE
 
     def stable(self, tensors: list[torch.Tensor]) -> frozenset[int]:
-        """Places of the tensors that are the same as at the last call; empty if none is, or all are."""
+        """Places of the tensors that are the same as at the last two calls; empty if none is, or all are.
+
+        Two, since guidance may call a denoiser twice a step: once with each prompt, both times with the same latents.
+        """
         self._calls += 1
         versions = [version_of(tensor) for tensor in tensors]
         same = {
@@ -88,7 +92,8 @@ class Watch:
             if last() is tensor and version == versions[i] >= 0
         }
         self._last = [(weakref.ref(tensor), version) for tensor, version in zip(tensors, versions, strict=True)]
-        return frozenset(same) if len(same) < len(tensors) else frozenset()
+        lasting, self._same = self._same & same, same
+        return frozenset(lasting) if len(lasting) < len(tensors) else frozenset()
 
 
 class GivenUp(RuntimeError):

@@ -166,3 +166,24 @@ def test_what_the_model_computes_is_no_question() -> None:
         assert torch.equal(model(x, X), _expected(model, x, X))
     (reason,) = [why for what, why in sfast.report(model).fallbacks if what == "Model"]
     assert "which it has computed itself" in reason
+
+
+def test_two_masks_in_turn_are_each_looked_at_once() -> None:
+    model = _compiled(lambda y, mask: y * 2 if mask.all() else y.where(mask, 0.0))
+    masks = [torch.tensor([True, True, True]), torch.tensor([True, False, True])]
+    with torch.no_grad():
+        for _ in range(2):
+            for mask in masks:
+                model(X, mask)
+        (guards,) = component_of(model)._decisions._guards.values()
+        looks: list[bool] = []
+        for guard in guards:
+            compute = guard.compute
+            guard.compute = lambda *args, compute=compute: looks.append(True) or compute(*args)
+        for _ in range(3):
+            for mask in masks:
+                torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
+        assert looks == []
+        masks[1].fill_(True)
+        torch.testing.assert_close(model(X, masks[1]), _expected(model, X, masks[1]))
+        assert looks == [True]
