@@ -25,6 +25,7 @@ from sfast.decisions import Decisions, Untraceable
 from sfast.fusions import chosen_fusions
 from sfast.instead import StandIn, go_into_copies, stay_out_of_copies
 from sfast.kernels import nearby
+from sfast.language import without_cache
 from sfast.loop import Pictures, Watch
 from sfast.lora import take_scale
 from sfast.placement import Placement
@@ -57,7 +58,8 @@ class Component(StandIn):
         self.state = ModuleState(module)
         self.fusions = chosen_fusions(config)
         self.pictures = pictures or Pictures()  # shared by the components of a pipeline
-        self._hoists = pictures is not None if config.enable_hoisting is None else config.enable_hoisting
+        self._draws = pictures is not None
+        self._hoists = self._draws if config.enable_hoisting is None else config.enable_hoisting
         self.fallbacks: dict[str, None] = {}
         self._traces: dict[Hashable, list[Trace | EagerCall]] = {}
         self._traced = 0  # how often, over the whole life
@@ -119,6 +121,7 @@ class Component(StandIn):
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         self.state.picture = self.pictures.count
+        kwargs = without_cache(type(self.module).forward, args, kwargs) if self._draws else kwargs
         plain, self.state.scale = take_scale(type(self.module).forward, kwargs)
         tensors: list[torch.Tensor] = []
         try:
