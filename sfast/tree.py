@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from sfast import patches
 from sfast.adapters import Adapted, is_adapted
+from sfast.columns import Columns
 from sfast.structure import PLAIN
 
 MAX_OBJECTS = 256  # of users' own, that code may read
@@ -52,6 +53,7 @@ class Tree:
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
     objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
+    columns: Columns = dataclasses.field(default_factory=Columns)  # what adapters are made of
 
     def same(self) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
@@ -63,8 +65,11 @@ class Tree:
             got = chain.from_iterable([get(place) for get, place in self.getters])
         except (KeyError, AttributeError):
             return False
-        return all(map(operator.is_, chain.from_iterable(self.live), self.contents)) and all(
-            map(operator.is_, got, self.got)
+        live = chain.from_iterable(self.live)
+        return (
+            all(map(operator.is_, live, self.contents))
+            and all(map(operator.is_, got, self.got))
+            and self.columns.same()
         )
 
     def shared(self) -> set[int]:
@@ -241,28 +246,37 @@ def _modules(root: torch.nn.Module, tree: Tree) -> list[tuple[str, torch.nn.Modu
     return list(found.values())
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether peft has a container of modules or parameters for a kind of adapter that is not there."""
+    return isinstance(value, _CONTAINERS) and not (value._modules or value._parameters or value._buffers)
+
+
+_CONTAINERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
 _OF_WRAPPERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
 def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
     """Watch what the sum of a layer and its adapters is made of, and no more: there may be many hundred such layers."""
-    place = wrapper.__dict__
+    place, columns = wrapper.__dict__, tree.columns
     names = [name for name in _OF_WRAPPERS if name in place]
-    get = operator.itemgetter("training", "_modules", *names)
-    tree.getters.append((get, place))
-    tree.got += get(place)
+    columns.add(place, names)
     tensors: list[torch.Tensor] = []
     for name in names:
-        if isinstance(place[name], (list, dict)):
-            values = place[name].values() if isinstance(place[name], dict) else place[name]
-            tree.watch(values)  # also while it is empty: every new adapter has a scaling
-            tensors += [item for item in values if isinstance(item, torch.Tensor)]
+        value = place[name]
+        if isinstance(value, dict):  # also while it is empty: every new adapter has a scaling
+            columns.add(value, value)
+            columns.add_size(value)
+            tensors += [item for item in value.values() if isinstance(item, torch.Tensor)]
+        elif isinstance(value, list):
+            columns.add_list(value)
     pending = [wrapper]
     while pending:
         module = pending.pop()
         for entries in (module._parameters, module._buffers, module._modules):
             if entries:
-                tree.watch(entries.values())
+                columns.add(entries, [name for name, value in entries.items() if not _is_empty(value)])
+                if "scaling" not in place:  # which says how many adapters there are
+                    columns.add_size(entries)
         tensors += [t for entries in (module._parameters, module._buffers) for t in entries.values() if t is not None]
         if isinstance(module, _MODAL):
             tree.modal.append(module)
