@@ -31,7 +31,7 @@ from sfast.lora import take_scale
 from sfast.placement import Placement
 from sfast.plan import Ahead, EagerCall, Plan, RandomOffset, Rest
 from sfast.state import ModuleState
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten, kind_of_sizes
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten
 from sfast.trace import Trace, is_tracing, trace
 
 T = TypeVar("T")
@@ -176,7 +176,7 @@ class Component(StandIn):
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
             tensors = [tensor if tensor.is_cuda else launch.over(tensor, device) for tensor in tensors]
-        kinds = tuple([(tensor.dtype, tensor.device) for tensor in tensors])
+        kinds = tuple([(tensor.dtype, tensor.device, tensor.dim()) for tensor in tensors])
         signature = self._decided((call, kinds, self.state.key(), _autocast(device.type)), tensors)
         return tensors, signature, tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
 
@@ -276,7 +276,6 @@ class Component(StandIn):
                 if last_resort:
                     self.note(f"runs without fusions at {describe_shapes(tensors)}: with them, {failure}")
                 self._plans[signature, shapes] = plan
-                traced.served.add(kind_of_sizes(tensors))
                 known = self._traces.setdefault(signature, [])
                 if traced not in known:
                     known.append(traced)
@@ -295,11 +294,9 @@ class Component(StandIn):
         """Ways to compute this call, best first: a trace of another shape, a new one, one without fusions (and True)."""
         if not self.config.enable_jit:
             return [(functools.partial(EagerCall, self.eager, call), False)]
-        own, adapters, kind = self.state.own, self.state.adapters, kind_of_sizes(tensors)
-        traces = [*reversed(self._traces.get(signature, []))]
-        traces.sort(key=lambda traced: kind not in traced.served)
+        own, adapters = self.state.own, self.state.adapters
         known: list[tuple[Callable[[], Trace | EagerCall], bool]] = [
-            (functools.partial(_itself, traced), False) for traced in traces
+            (functools.partial(_itself, traced), False) for traced in self._that_fit(signature, tensors)
         ]
         full = sum(map(len, self._traces.values())) >= MAX_TRACES
         if full and self.uses < USES * self._traced:
@@ -317,6 +314,12 @@ class Component(StandIn):
                 return trace(self.eager, own, call, tensors, self.fusions, self.config.enable_merged_linears)
 
         return [*known, (fused, False), (plain, True)]
+
+    def _that_fit(self, signature: Hashable, tensors: list[torch.Tensor]) -> list[Trace | EagerCall]:
+        """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
+        known = [traced for traced in reversed(self._traces.get(signature, [])) if isinstance(traced, Trace)]
+        fit = {traced: traced.fits(self.state.weights, tensors) for traced in known}
+        return [traced for traced in known if fit[traced] or (fit[traced] is None and self.config.verify)]
 
     def _make_room(self) -> None:
         """Forget what was traced first."""

@@ -87,7 +87,6 @@ class EagerCall:
     forward: Callable[..., Any]
     structure: Hashable
     output: Hashable = None
-    served: set[Hashable] = dataclasses.field(default_factory=set)
     changes: Changes = ()
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import types
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -82,8 +81,3 @@ def _takes_pairs(kind: type) -> bool:
 def describe_shapes(tensors: list[torch.Tensor]) -> str:
     """Shapes for a log line, e.g. `2x4x64x64, 2x77x768`."""
     return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)
-
-
-def kind_of_sizes(tensors: list[torch.Tensor]) -> Hashable:
-    """How often the last two sizes of each tensor can be halved without a rest: what Python decides by, if anything."""
-    return tuple([tuple([math.gcd(size, 64) for size in tensor.shape[-2:]]) for tensor in tensors])

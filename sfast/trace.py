@@ -8,27 +8,23 @@ and `rewrite.py` call TorchScript; `merge.py` and `hoist.py` edit the graphs tha
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dataclasses
-import math
 import threading
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
-from torch.overrides import TorchFunctionMode
 
 from sfast import hoist, rewrite
 from sfast.containers import Changes, Contents
-from sfast.decisions import DecidesByValue, Guard, Untraceable, depends_on_values, question, read_by_python
+from sfast.decisions import Guard, Sizes
 from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
+from sfast.reads import Reads
+from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
 from sfast.writes import written_values
 
@@ -47,13 +43,17 @@ class Trace:
     fusions: Counter[str]
     packs: list[Pack]  # weights that should be neighbours in memory, by their places in the weight list
     changes: Changes = ()  # what the call does to its arguments' containers
-    served: set[Hashable] = dataclasses.field(default_factory=set)  # kinds of sizes that it was right for
     hoisted: Split | None = None  # the two parts that have proved right, to begin with at the next shape
     guard: Guard | None = None  # computes by what values Python took its way through the module
+    sizes: Sizes | None = None  # and by what sizes
 
     def run(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
         return self._finish(_interpret(self.function, [*[weights[i] for i in self.used_weights], *tensors]))
+
+    def fits(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
+        """Whether Python goes the traced way at the shapes of a call, as far as sizes decide that; None if nobody knows."""
+        return self.sizes is None or self.sizes.fit(weights, tensors)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """The result as the module returns it."""
@@ -64,7 +64,7 @@ class Trace:
         if self.hoisted is not None and self.hoisted.stable == stable:
             return self.hoisted
         with _tracing_lock, _quiet():
-            graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
+            graphs = hoist.split(self.graph, len(self.used_weights), stable, _keep_only_results)
             if graphs is None:
                 return None
             used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
@@ -101,7 +101,7 @@ class Split:
 
 
 def _interpret(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    device_type = inputs[0].device.type if inputs else "cpu"
+    device_type = inputs[0].device.type if inputs and not inputs[0].is_meta else "cpu"
     with torch.no_grad(), torch.autocast(device_type, enabled=False), _plain_interpreter(), keeping_exceptions():
         try:
             result = function(*inputs)
@@ -159,6 +159,7 @@ def trace(
     contiguous: list[bool] = []
 
     def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal own
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
         results: list[torch.Tensor] = []
         before = Contents((args, kwargs))
@@ -166,49 +167,80 @@ def trace(
         if not results:
             raise ValueError("the module returns no tensor")
         changes.append(before.changes(results))
-        results += repairs.asked
+        own = len(results)
         contiguous.extend(result.is_contiguous() for result in results)
+        results += [*reads.values, *reads.sizes]
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
-    repairs = _Repairs()
+    own = 0
+    repairs = Repairs()
+    reads = repairs.reads
     with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
         with repairs:
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
-        guard = _part_guard(graph, repairs, len(weights)) if repairs.asked else None
+        torch._C._jit_pass_inline(graph)
+        torch._C._jit_pass_lower_all_tuples(graph)
+        by_values = range(own, own + len(reads.values))
+        by_sizes = range(by_values.stop, by_values.stop + len(reads.sizes))
+        guard = _guard(_only(graph, by_values), reads, len(weights)) if by_values else None
+        sizes = _sizes(_only(graph, by_sizes), reads, len(weights)) if by_sizes else None
+        for place in reversed((*by_values, *by_sizes)):
+            graph.eraseOutput(place)
         fired = rewrite.rewrite(graph, fusions)
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         function = _callable(graph.copy())
-    del contiguous[len(contiguous) - len(repairs.asked) :]
-    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0], guard=guard)
+    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0], guard=guard, sizes=sizes)
 
 
-def _part_guard(graph: Any, repairs: _Repairs, count: int) -> Guard:
-    """Take the last results of a graph, which are what Python asked for, out of it into a function of their own."""
-    torch._C._jit_pass_inline(graph)
-    torch._C._jit_pass_lower_all_tuples(graph)
-    asked = graph.copy()
-    own = len(list(graph.outputs())) - len(repairs.asked)
-    for place in reversed(range(own)):
-        asked.eraseOutput(place)
-    for _ in repairs.asked:
-        graph.eraseOutput(own)
-    _keep_only_results(asked)
-    torch._C._jit_pass_erase_shape_information(asked)
-    torch._C._jit_pass_cse(asked)
-    asked = torch._C._jit_pass_canonicalize(asked)
+def _only(graph: Any, places: range) -> Any:
+    """A graph that computes some results of another one, and nothing else."""
+    part = graph.copy()
+    for place in reversed(range(len(list(graph.outputs())))):
+        if place not in places:
+            part.eraseOutput(place)
+    _keep_only_results(part)
+    torch._C._jit_pass_erase_shape_information(part)
+    torch._C._jit_pass_cse(part)
+    return torch._C._jit_pass_canonicalize(part)
+
+
+def _guard(asked: Any, reads: Reads, count: int) -> Guard:
+    """What Python asked for of the values of tensors, as a function of their own."""
     text = str(asked)
-    read = [i for i, value in enumerate(asked.inputs()) if value.uses()]
-    weights = rewrite.drop_unused_inputs(asked, count)
-    function = _callable(asked)
+    function, weights, tensors = _function_of_few(asked, count)
+    numbers = any(value.is_floating_point() for value in reads.values)
+    return Guard(function, weights, tensors, text, reads.where, numbers)
+
+
+def _sizes(asked: Any, reads: Reads, count: int) -> Sizes:
+    """What Python asked for of sizes, as a function of tensors without memory: nothing is computed but sizes."""
+    _to_meta(asked)
+    return Sizes(*_function_of_few(asked, count), [size.tolist() for size in reads.sizes])
+
+
+def _function_of_few(graph: Any, count: int) -> tuple[Callable[..., list[torch.Tensor]], list[int], list[int]]:
+    """A function of the weights and tensors that a graph reads, and their places."""
+    read = [i for i, value in enumerate(graph.inputs()) if value.uses()]
+    weights = rewrite.drop_unused_inputs(graph, count)
+    function = _callable(graph)
 
     def compute(own: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return _interpret(function, [*[own[i] for i in weights], *tensors])
 
-    numbers = any(tensor.is_floating_point() for tensor in repairs.asked)
-    return Guard(compute, weights, [i - count for i in read if i >= count], text, repairs.where, numbers)
+    return compute, weights, [i - count for i in read if i >= count]
+
+
+def _to_meta(graph: Any) -> None:
+    """Let a graph make its tensors on the device that has no memory; numbers stay where they are."""
+    for node in graph.findAllNodes("prim::Constant"):
+        kind = node.output().type().kind()
+        if kind == "DeviceObjType":
+            node.s_("value", "meta")
+        elif kind == "TensorType" and node.t("value").dim():
+            node.t_("value", node.t("value").to("meta"))
 
 
 def _keep_only_results(graph: Any) -> None:
@@ -225,134 +257,6 @@ def _keep_only_results(graph: Any) -> None:
         for node in reversed(list(graph.nodes())):
             if needed.isdisjoint([value.unique() for value in node.outputs()]):
                 node.destroy()
-
-
-class _Repairs(TorchFunctionMode):
-    """Mends what a plain trace loses, and watches what it bakes in.
-
-    - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
-    - `round()`, `math.trunc()`, `math.floor()` and `math.ceil()` of a size work.
-    - `len()` of a tensor is a size, too, where Python itself would make a number of it: that of a prompt, say.
-    - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
-    - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
-    - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
-      which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
-    - A size that becomes a Python number is a decision for this shape; other shapes are compared with eager.
-    - A tensor's *value* that becomes a Python number is asked for again before every later call: see `decisions.py`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._data = torch.Tensor.data.__get__
-        self._call = torch.nn.Module.__call__
-        self._len = builtins.len
-        self._harmless: set[tuple[int, bool]] = set()  # what `depends_on_values` has been through already
-        self.asked: list[torch.Tensor] = []  # the values that Python has decided by
-        self.where = ""  # the model's line that did so first
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == self._data:
-            return args[0].detach()
-        if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
-            raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {_where()}")
-        if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
-            return _repeat_each(*args, **(kwargs or {}))
-        if func in _TAKE_A_NUMBER or (func is torch.full and "dtype" in (kwargs or {})):
-            args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
-            names = ("value", "fill_value", "other")
-            kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
-        if read := read_by_python(func, args):
-            why = [depends_on_values(torch._C._get_value_trace(tensor), self._harmless) for tensor in read]
-            if any(why):
-                reason = next(filter(None, why))
-                raise DecidesByValue(f"it decides in Python by the value of a tensor, {reason}: {_where()}")
-            if "" in why:
-                self.asked += question(func, args, kwargs or {}, read)
-                self.where = self.where or _where()
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> _Repairs:
-        for name, method in _ROUNDING.items():
-            setattr(torch.Tensor, name, method)
-        torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
-        builtins.len = _first_size(self._len, threading.get_ident())
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for name in _ROUNDING:
-            delattr(torch.Tensor, name)
-        torch.nn.Module.__call__ = self._call
-        builtins.len = self._len
-        super().__exit__(*error)
-
-
-_ROUNDING: dict[str, Callable[..., Any]] = {
-    "__round__": lambda tensor, digits=None: round(tensor.item(), digits),
-    "__trunc__": lambda tensor: math.trunc(tensor.item()),
-    "__floor__": lambda tensor: math.floor(tensor.item()),
-    "__ceil__": lambda tensor: math.ceil(tensor.item()),
-}
-_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
-_GLOBAL_HOOKS = [
-    hooks
-    for name, hooks in vars(torch.nn.modules.module).items()
-    if name.startswith("_global_") and name.endswith("_hooks")
-]
-
-
-def _first_size(length: Callable[[Any], int], thread: int) -> Callable[[Any], Any]:
-    """`len` for one thread, where the tracer has to see it."""
-
-    def first_size(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and threading.get_ident() == thread and value.dim():
-            return value.size(0)
-        return length(value)
-
-    return first_size
-
-
-def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """`Module.__call__` with fewer frames, for one thread and for modules where it would do nothing but call `forward`."""
-
-    def call_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and not any(map(module.__dict__.get, _HOOKS)) and not any(_GLOBAL_HOOKS):
-            return module.forward(*args, **kwargs)
-        return call(module, *args, **kwargs)
-
-    return call_forward if call is torch.nn.Module._wrapped_call_impl else call
-
-
-def _is_size(repeats: Any = None, **_: Any) -> bool:
-    return isinstance(repeats, torch.Tensor) and repeats.dim() == 0
-
-
-def _repeat_each(
-    x: torch.Tensor, repeats: torch.Tensor, dim: int | None = None, output_size: Any = None
-) -> torch.Tensor:
-    """`x.repeat_interleave(repeats, dim)` for one number of repeats, out of views and one copy."""
-    x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
-    before, after = x.shape[:dim], x.shape[dim + 1 :]
-    wide = x.unsqueeze(dim + 1).expand(*before, x.shape[dim], repeats, *after)
-    return wide.reshape(*before, x.shape[dim] * repeats, *after)
-
-
-# The dtype of their results does not depend on their number's.
-_TAKE_A_NUMBER = frozenset(
-    (
-        *(torch.full_like, torch.masked_fill, torch.index_fill, torch.scatter, torch.eq, torch.ne),
-        *(torch.Tensor.new_full, torch.Tensor.fill_, torch.Tensor.masked_fill, torch.Tensor.masked_fill_),
-        *(torch.Tensor.index_fill, torch.Tensor.index_fill_, torch.Tensor.scatter, torch.Tensor.scatter_),
-        *(torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.__eq__, torch.Tensor.__ne__),
-    )
-)
-
-
-def _where() -> str:
-    """The model's own source line, for a message."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__:
-            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-    return "somewhere in its forward"
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def agree(a: Any, b: Any) -> None:
 
 def test_same_result_for_new_shapes_without_a_new_trace(net: Net) -> None:
     eager, compiled = pair(net)
-    for shape in [(2, 6), (3, 6), (1, 5, 6), (2, 6)]:
+    for shape in [(2, 6), (3, 6), (1, 6), (2, 6)]:
         x = torch.randn(shape)
         agree(compiled(x), eager(x))
     report = sfast.report(net)
@@ -92,12 +92,13 @@ def test_a_decision_by_size_specialises_once(net: Net) -> None:
     assert report.traces == 2 and report.fallbacks == []
 
 
-def test_without_verify_a_new_shape_is_not_compared(net: Net) -> None:
+def test_without_verify_a_decision_by_size_is_known_all_the_same(net: Net) -> None:
+    eager = copy.deepcopy(net)
     sfast.compile(net, CompilationConfig(verify=False))
-    small, large = torch.randn(2, 6), torch.randn(5, 6)
-    net(small)
-    assert not torch.allclose(net(large)["y"], net.forward.__wrapped__(large)["y"])
-    assert sfast.report(net).traces == 1
+    for batch in (2, 5, 3, 6, 2):
+        x = torch.randn(batch, 6)
+        agree(net(x), eager(x))
+    assert sfast.report(net).traces == 2
 
 
 def test_weights_edited_moved_and_replaced(net: Net) -> None:

@@ -1,0 +1,133 @@
+"""Python that a plain trace loses, stumbles over or bakes in, mended for as long as a call is traced."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
+
+from sfast.decisions import Untraceable
+from sfast.reads import Reads, where
+
+
+class Repairs(TorchFunctionMode):
+    """Mends what a plain trace loses, and watches what it bakes in.
+
+    - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
+    - `round()`, `math.trunc()`, `math.floor()` and `math.ceil()` of a size are sizes.
+    - `len()` of a tensor is a size, too, where Python itself would make a number of it: that of a prompt, say.
+    - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
+    - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
+    - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
+      which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
+    - What Python reads out of tensors is noted: see `reads.py`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._data = torch.Tensor.data.__get__
+        self._call = torch.nn.Module.__call__
+        self._len = builtins.len
+        self.reads = Reads()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == self._data:
+            return args[0].detach()
+        if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
+            raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {where()}")
+        if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
+            return _repeat_each(*args, **(kwargs or {}))
+        if func in _TAKE_A_NUMBER or (func is torch.full and "dtype" in (kwargs or {})):
+            args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
+            names = ("value", "fill_value", "other")
+            kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
+        return self.reads.call(func, args, kwargs or {})
+
+    def __enter__(self) -> Repairs:
+        for name, rounded in _ROUNDING.items():
+            setattr(torch.Tensor, name, self._rounding(*rounded))
+        torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
+        builtins.len = _first_size(self._len, threading.get_ident())
+        self.reads.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.reads.stop()
+        for name in _ROUNDING:
+            delattr(torch.Tensor, name)
+        torch.nn.Module.__call__ = self._call
+        builtins.len = self._len
+        super().__exit__(*error)
+
+    def _rounding(self, of_number: Callable[..., Any], of_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def rounded(x: torch.Tensor, *digits: Any) -> Any:
+            return of_number(x.item(), *digits) if digits or not self.reads.of_sizes(x) else of_tensor(x).long()
+
+        return rounded
+
+
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and name.endswith("_hooks")
+]
+_ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "__round__": (round, torch.round),
+    "__trunc__": (math.trunc, torch.trunc),
+    "__floor__": (math.floor, torch.floor),
+    "__ceil__": (math.ceil, torch.ceil),
+}
+
+
+def _first_size(length: Callable[[Any], int], thread: int) -> Callable[[Any], Any]:
+    """`len` for one thread, where the tracer has to see it."""
+
+    def first_size(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and threading.get_ident() == thread and value.dim():
+            return value.size(0)
+        return length(value)
+
+    return first_size
+
+
+def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
+    """`Module.__call__` with fewer frames, for one thread and for modules where it would do nothing but call `forward`."""
+
+    def call_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and not any(map(module.__dict__.get, _HOOKS)) and not any(_GLOBAL_HOOKS):
+            return module.forward(*args, **kwargs)
+        return call(module, *args, **kwargs)
+
+    return call_forward if call is torch.nn.Module._wrapped_call_impl else call
+
+
+def _is_size(repeats: Any = None, **_: Any) -> bool:
+    return isinstance(repeats, torch.Tensor) and repeats.dim() == 0
+
+
+def _repeat_each(
+    x: torch.Tensor, repeats: torch.Tensor, dim: int | None = None, output_size: Any = None
+) -> torch.Tensor:
+    """`x.repeat_interleave(repeats, dim)` for one number of repeats, out of views and one copy."""
+    x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    wide = x.unsqueeze(dim + 1).expand(*before, x.shape[dim], repeats, *after)
+    return wide.reshape(*before, x.shape[dim] * repeats, *after)
+
+
+# The dtype of their results does not depend on their number's.
+_TAKE_A_NUMBER = frozenset(
+    (
+        *(torch.full_like, torch.masked_fill, torch.index_fill, torch.scatter, torch.eq, torch.ne),
+        *(torch.Tensor.new_full, torch.Tensor.fill_, torch.Tensor.masked_fill, torch.Tensor.masked_fill_),
+        *(torch.Tensor.index_fill, torch.Tensor.index_fill_, torch.Tensor.scatter, torch.Tensor.scatter_),
+        *(torch.Tensor.eq, torch.Tensor.ne, torch.Tensor.__eq__, torch.Tensor.__ne__),
+    )
+)
