@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sfast.writes import writes
+from sfast.writes import written_values
 
 # Nothing less is worth a graph of its own.
 WORTHWHILE = frozenset(
@@ -29,10 +29,10 @@ def split(graph: Any, weights: int, stable: frozenset[int], clean: Callable[[Any
     Returns:
         Two graphs with all of the inputs that `graph` has. The prologue returns the hoisted values; the body takes them as
         further inputs, in that order. None if nothing worth it depends on the stable tensors alone, or if some operator
-        writes in place, because a write might reach a value that is kept, or draws random numbers, whose order would change.
+        draws random numbers, whose order would change. What lies in memory that some operator writes to is never hoisted.
     """
     nodes = list(graph.nodes())
-    if any(writes(node) or _draws(node) for node in nodes):
+    if any(_draws(node) for node in nodes):
         return None
     early = _early(graph, nodes, weights, stable)
     frontier = _frontier(graph, nodes, early)
@@ -40,12 +40,13 @@ def split(graph: Any, weights: int, stable: frozenset[int], clean: Callable[[Any
     if not frontier or not any(_is_worthwhile(node) for node in hoisted):
         return None
     places = [(i, o) for i, node in enumerate(nodes) for o in range(node.outputsSize()) if _id(node, o) in frontier]
-    return _prologue(graph, places, clean), _body(graph, places, clean)
+    return _prologue(graph, places), _body(graph, places, clean)
 
 
 def _early(graph: Any, nodes: list[Any], weights: int, stable: frozenset[int]) -> dict[int, bool]:
     """Ids of values known before the loop → whether a stable tensor has a part in them (and not weights alone)."""
     early: dict[int, bool] = {}
+    written = written_values(graph)
     for place, value in enumerate(graph.inputs()):
         if place < weights or place - weights in stable:
             early[value.unique()] = place >= weights
@@ -53,6 +54,8 @@ def _early(graph: Any, nodes: list[Any], weights: int, stable: frozenset[int]) -
         inputs = [value.unique() for value in node.inputs()]
         if any(True for _ in node.blocks()):
             continue  # a loop or branch also reads values that are not among its inputs
+        if not written.isdisjoint([*inputs, *[value.unique() for value in node.outputs()]]):
+            continue
         if all(key in early for key in inputs):
             depends = any(early[key] for key in inputs)
             early.update((value.unique(), depends) for value in node.outputs())
@@ -91,14 +94,16 @@ def _computed_from_sizes(nodes: list[Any]) -> set[int]:
     return sizes
 
 
-def _prologue(graph: Any, places: list[tuple[int, int]], clean: Callable[[Any], None]) -> Any:
+def _prologue(graph: Any, places: list[tuple[int, int]]) -> Any:
     prologue = graph.copy()
     nodes = list(prologue.nodes())
     for _ in range(len(list(prologue.outputs()))):
         prologue.eraseOutput(0)
     for node, output in places:
         prologue.registerOutput(nodes[node].outputsAt(output))
-    clean(prologue)
+    for node in reversed(nodes):  # also those that write: what they write to is not hoisted
+        if not any(value.uses() for value in node.outputs()):
+            node.destroy()
     return prologue
 
 

@@ -168,20 +168,27 @@ def test_the_same_call_again_is_computed_again(pair: tuple[Step, Step]) -> None:
     assert loop_of(compiled) is None  # all tensors stay the same: that is no loop, and nothing is cached
 
 
-def test_a_module_that_writes_in_place_is_left_whole() -> None:
+def test_what_is_written_to_is_computed_at_every_step() -> None:
     class Writes(Step):
         def forward(self, x: Tensor, t: Tensor, prompt: Tensor, extra: Tensor | None = None) -> Tensor:
             key = self.key(prompt)
             total = torch.zeros(2, 5, 3)
             total[:, :3] = key.mean(-1)[:, :, None]
-            key[:, 0] = x.mean()
-            return total + t + key.sum()
+            rows = key.transpose(0, 1)
+            rows.mul_(x.mean())  # the prompt's, through a view
+            grid = torch.arange(x.shape[1]).float()
+            grid[1:] = grid[1:] * t  # nobody's
+            return total + key.sum() + self.embed(prompt).sum() + grid[None, :, None]
 
     eager = Writes().eval().requires_grad_(False)
     compiled = sfast.compile(copy.deepcopy(eager), HOISTING)
-    prompt = torch.randn(2, 3, 6)
-    for x, t in steps(5):
-        agree(compiled(x, t, prompt), eager(x, t, prompt))
+    for prompt in (torch.randn(2, 3, 6), torch.randn(2, 3, 6)):
+        for x, t in steps(5):
+            agree(compiled(x, t, prompt), eager(x, t, prompt))
+    loop = loop_of(compiled)
+    assert loop is not None
+    names = [name for name, _ in eager.named_parameters()]
+    assert {names[i] for i in loop.split.prologue_weights} == {"embed.weight", "embed.bias"}
 
 
 @torch.jit.script
