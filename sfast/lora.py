@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from sfast.adapters import is_adapted
 from sfast.fallback import logger, reason
+from sfast.merged import is_adapted
 from sfast.undo import Undo, modules_of
 
 _NAME_OF_FILE = re.compile(r"file_\w*_[0-9a-f]{12}")  # of adapters that `swap_lora` has loaded

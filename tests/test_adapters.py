@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast import adapters
+from sfast import checksums
 from sfast.compiler import restore
 from sfast.component import component_of
+from sfast.merged import is_adapted
 from sfast.verify import relative_error
 from tests.tiny import TINY
 
@@ -35,21 +36,21 @@ def test_other_values_are_told_from_those_before(shape: tuple[int, ...], dtype: 
     weight = torch.randn(shape).mul(0.05).to(dtype)
     if len(shape) == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    before = adapters._norms([weight])
-    assert adapters._norms([weight]) == before == adapters._norms([weight.clone()])
+    before = checksums.norms([weight])
+    assert checksums.norms([weight]) == before == checksums.norms([weight.clone()])
     edit(weight)
-    assert adapters._norms([weight]) != before
+    assert checksums.norms([weight]) != before
 
 
 def test_large_and_odd_tensors_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "NOISE", 16)
-    monkeypatch.setattr(adapters, "AT_ONCE", 2)
+    monkeypatch.setattr(checksums, "NOISE", 16)
+    monkeypatch.setattr(checksums, "AT_ONCE", 40)
     tensors = [torch.randn(7, 11), torch.randn(50).half(), torch.randn(4, 6).t(), torch.arange(3), torch.empty(0)]
-    before = adapters._norms(tensors)
+    before = checksums.norms(tensors)
     assert [len(one) for one in before] == [5, 4, 2, 0, 1]
     for place, tensor in enumerate(tensors[:3]):
         tensor.data[-1] *= -1
-        assert [a != b for a, b in zip(adapters._norms(tensors), before, strict=True)] == [
+        assert [a != b for a, b in zip(checksums.norms(tensors), before, strict=True)] == [
             i <= place for i in range(len(tensors))
         ]
 
@@ -165,13 +166,13 @@ def adapted(module: nn.Module, *targets: str) -> nn.Module:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False)
     peft.inject_adapter_in_model(config, module)
-    for layer in filter(adapters.is_adapted, module.modules()):
+    for layer in filter(is_adapted, module.modules()):
         layer.lora_A.float(), layer.lora_B.float()
     return module.eval().requires_grad_(False)
 
 
 def switch(module: nn.Module, on: bool) -> None:
-    for layer in filter(adapters.is_adapted, module.modules()):
+    for layer in filter(is_adapted, module.modules()):
         layer.enable_adapters(on)
     module.requires_grad_(False)
 
@@ -242,7 +243,7 @@ def test_weights_return_to_their_memory_although_other_shapes_have_read_the_merg
 
     check(4)
     check(8)
-    assert all(plan.loop is not None for plan in component_of(compiled)._plans.values())
+    assert all(plan.loop is not None for plan in component_of(compiled).plans.values())
     pointers = state.pointers
     for on in (False, True, False, True):  # the second size's hoisted values are of merged weights all the while
         for module in (eager, compiled):

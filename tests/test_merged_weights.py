@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 import sfast
-from sfast import adapters
+from sfast import merged
 from sfast.component import component_of
 from sfast.kernels.linear_together import are_adjacent
 from tests.tiny import finished
@@ -60,7 +60,7 @@ def unload(module):
     """As diffusers and peft do it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if adapters.is_adapted(child):
+            if merged.is_adapted(child):
                 setattr(parent, name, child.get_base_layer())
 
 
@@ -167,7 +167,7 @@ def test_interrupted_while_merging(monkeypatch, at):
     assert_equal(compiled, eager)
     for module in (compiled, eager):
         adapt(module, ["to_q", "to_k", "out"])
-    whole, calls = adapters._add_products, []
+    whole, calls = merged._add_products, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -175,7 +175,7 @@ def test_interrupted_while_merging(monkeypatch, at):
             raise KeyboardInterrupt
         whole(*arguments)
 
-    monkeypatch.setattr(adapters, "_add_products", interrupted)
+    monkeypatch.setattr(merged, "_add_products", interrupted)
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         compiled(inputs())
     assert_equal(compiled, eager)

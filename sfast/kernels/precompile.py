@@ -31,6 +31,7 @@ LONGEST_START = 30.0  # seconds; after that whoever needs Triton starts it again
 MOST_THREADS = 16  # a first call has no more variants than about that many
 
 _active: contextvars.ContextVar[Rehearsal | None] = contextvars.ContextVar("sfast_rehearsal", default=None)
+ALONGSIDE: list[Callable[[torch.device], Any]] = []  # launch what no graph does, and is needed soon
 _begun = threading.Lock()  # taken once, for ever
 _prepared = threading.Event()
 
@@ -99,6 +100,8 @@ def _rehearse(function: Callable[[], Any], rehearsal: Rehearsal) -> bool:
     try:
         with timed("  rehearsing"):
             function()
+            for launch in ALONGSIDE:
+                _logged(functools.partial(launch, rehearsal.device))
     finally:
         rehearsal.pool.shutdown(wait=False)  # what it was given is finished
     with timed(f"  waiting for {len(rehearsal.mode.future_kernels)} kernels to be compiled"):
@@ -125,7 +128,7 @@ class Rehearsal:
         self.left_out = 0
         self.pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "sfast: compiling")
         self.mode = futures.AsyncCompileMode(self, ignore_errors=True)  # we are the executor that it submits to
-        self._device = device
+        self.device = device
         self._futures = futures
         self._compiled: dict[Hashable, bool] = {}
         self._launchers: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -170,7 +173,7 @@ class Rehearsal:
             return future
 
     def _compile(self, compile: Callable[[], Any]) -> Any:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             kernel = compile()
             with self._launchers[str(kernel.src.signature)]:
                 _logged(lambda: kernel.run)  # loads it

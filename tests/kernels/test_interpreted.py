@@ -16,6 +16,7 @@ FILES = [
     "test_attention.py",
     "test_blend.py",
     "test_cat_channels.py",
+    "test_checksum.py",
     "test_group_norm.py",
     "test_layer_norm.py",
     "test_linear.py",
