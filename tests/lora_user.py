@@ -18,8 +18,8 @@ from sfast.component import component_of
 from sfast.components import find_components
 from sfast.trace import Split, Trace
 from tests import graphs, lora_files
-from tests.tiny import TINY, Pipeline
-from tests.twins import Change, Twin, relative_error
+from tests.tiny import Pipeline
+from tests.twins import KNOWN, Change, Twin, relative_error
 
 UNET = {"unet": r"attn\d\.to_[qk]$"}
 SOME_TEXT = r"[qv]_proj$"
@@ -32,8 +32,8 @@ class User:
 
     def __init__(self, name: str, folder: Path, device: str = "cpu") -> None:
         self.name, self.folder = name, folder
-        self.denoiser = TINY[name].denoiser
-        self._pristine = TINY[name].build()
+        self.denoiser = KNOWN[name].denoiser
+        self._pristine = KNOWN[name].build()
         self.twin = Twin(name, device, self.pristine, torch.float32)  # fp16 would hide a weak LoRA behind its rounding
         self.tolerance = self.twin.tolerance
         self.pipe = self.twin.pipe
@@ -145,7 +145,7 @@ def captured(pipe: Pipeline) -> list[Any]:
     """The captured graphs themselves."""
     found = []
     for module in find_components(pipe).values():
-        for plan in component_of(module)._plans.values():  # type: ignore[union-attr]
+        for plan in component_of(module).plans.values():  # type: ignore[union-attr]
             runners = [plan.runner] if plan.loop is None else [plan.loop._prologue, plan.loop._body]
             found += [runner.graph for runner in runners if runner is not None]
     return found
@@ -218,7 +218,7 @@ def owners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sfast.cuda_graph._pools, graphs.CPU, Pool())
-        patch.setattr("sfast.component.can_capture", lambda device: True)
+        patch.setattr("sfast.prepare.can_capture", lambda device: True)
         for kind, name in ((Trace, "run"), (Split, "prologue"), (Split, "body")):
             patch.setattr(kind, name, _at_addresses(getattr(kind, name)))
         yield owner

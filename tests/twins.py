@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 import sfast
-from tests.tiny import TINY, Pipeline, Tensor
+from tests.tiny import TINY, Pipeline, Tensor, Tiny
+from tests.tiny_transformers import IMAGES
+
+KNOWN: dict[str, Tiny] = {**TINY, **IMAGES}
 
 # ||compiled - eager|| / ||eager|| of pictures and latents after a few steps in fp32: the order of summation differs, and
 # kernels on a GPU may round products to TF32.
@@ -33,7 +36,7 @@ class Twin:
         make: Callable[[], Pipeline] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.tiny, self.device, self.dtype = TINY[name], device, dtype
+        self.tiny, self.device, self.dtype = KNOWN[name], device, dtype
         self.tolerance = TOLERANCES[torch.device(device).type]
         self._make = make or self.tiny.build
         self.pipe = sfast.compile(self.fresh())
