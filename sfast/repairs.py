@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from sfast.decisions import Untraceable
 from sfast.reads import Reads, where
+from sfast.sizes import Sizes
 
 
 class Repairs(TorchFunctionMode):
     """Mends what a plain trace loses, and watches what it bakes in.
 
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
-    - `round()`, `math.trunc()`, `math.floor()` and `math.ceil()` of a size are sizes.
-    - `len()` of a tensor is a size, too, where Python itself would make a number of it: that of a prompt, say.
+    - What Python makes of sizes are sizes: see `sizes.py`.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
@@ -33,8 +31,8 @@ class Repairs(TorchFunctionMode):
         super().__init__()
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
-        self._len = builtins.len
         self.reads = Reads()
+        self._sizes = Sizes(self.reads)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
@@ -47,29 +45,23 @@ class Repairs(TorchFunctionMode):
             args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
             names = ("value", "fill_value", "other")
             kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
-        return self.reads.call(func, args, kwargs or {})
+        number = None if kwargs else self._sizes.arithmetic(func, args)
+        if number is not None:
+            return number
+        kwargs = {name: self._sizes.for_tensors(value) for name, value in (kwargs or {}).items()}
+        return self.reads.call(func, self._sizes.for_tensors(tuple(args)), kwargs)
 
     def __enter__(self) -> Repairs:
-        for name, rounded in _ROUNDING.items():
-            setattr(torch.Tensor, name, self._rounding(*rounded))
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
-        builtins.len = _first_size(self._len, threading.get_ident())
         self.reads.start()
+        self._sizes.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        self._sizes.stop()
         self.reads.stop()
-        for name in _ROUNDING:
-            delattr(torch.Tensor, name)
         torch.nn.Module.__call__ = self._call
-        builtins.len = self._len
         super().__exit__(*error)
-
-    def _rounding(self, of_number: Callable[..., Any], of_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        def rounded(x: torch.Tensor, *digits: Any) -> Any:
-            return of_number(x.item(), *digits) if digits or not self.reads.of_sizes(x) else of_tensor(x).long()
-
-        return rounded
 
 
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")
@@ -78,23 +70,6 @@ _GLOBAL_HOOKS = [
     for name, hooks in vars(torch.nn.modules.module).items()
     if name.startswith("_global_") and name.endswith("_hooks")
 ]
-_ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[torch.Tensor], torch.Tensor]]] = {
-    "__round__": (round, torch.round),
-    "__trunc__": (math.trunc, torch.trunc),
-    "__floor__": (math.floor, torch.floor),
-    "__ceil__": (math.ceil, torch.ceil),
-}
-
-
-def _first_size(length: Callable[[Any], int], thread: int) -> Callable[[Any], Any]:
-    """`len` for one thread, where the tracer has to see it."""
-
-    def first_size(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and threading.get_ident() == thread and value.dim():
-            return value.size(0)
-        return length(value)
-
-    return first_size
 
 
 def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from sfast.containers import Changes, Contents
 from sfast.decisions import Guard, Sizes
 from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
+from sfast.numbers import Recording
 from sfast.reads import Reads
 from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
@@ -64,7 +65,7 @@ class Trace:
         if self.hoisted is not None and self.hoisted.stable == stable:
             return self.hoisted
         with _tracing_lock, _quiet():
-            graphs = hoist.split(self.graph, len(self.used_weights), stable, _keep_only_results)
+            graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
             if graphs is None:
                 return None
             used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
@@ -137,6 +138,7 @@ def trace(
     tensors: list[torch.Tensor],
     fusions: list[rewrite.Fusion],
     merge: bool = False,
+    recording: Recording | None = None,
 ) -> Trace:
     """Trace `forward` at one call and fuse its graph.
 
@@ -146,6 +148,7 @@ def trace(
         call, tensors: the call's (args, kwargs), as `structure.flatten` takes them apart.
         fusions: what to fuse, in order; without any the graph stays as it was traced.
         merge: whether to merge linear layers that read the same tensor.
+        recording: of the numbers that stand for the values in the last of `tensors`.
 
     Raises:
         Untraceable: the module calls an operator that takes Python functions of elements.
@@ -160,6 +163,8 @@ def trace(
 
     def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nonlocal own
+        if recording is not None:
+            recording.vector = flat_inputs[-1]
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
         results: list[torch.Tensor] = []
         before = Contents((args, kwargs))
@@ -177,14 +182,14 @@ def trace(
     repairs = Repairs()
     reads = repairs.reads
     with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
-        with repairs:
+        with repairs, recording or contextlib.nullcontext():
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
         torch._C._jit_pass_inline(graph)
         torch._C._jit_pass_lower_all_tuples(graph)
         by_values = range(own, own + len(reads.values))
         by_sizes = range(by_values.stop, by_values.stop + len(reads.sizes))
         guard = _guard(_only(graph, by_values), reads, len(weights)) if by_values else None
-        sizes = _sizes(_only(graph, by_sizes), reads, len(weights)) if by_sizes else None
+        sizes = _sizes(_only(graph, by_sizes, of_sizes=True), reads, len(weights)) if by_sizes else None
         for place in reversed((*by_values, *by_sizes)):
             graph.eraseOutput(place)
         fired = rewrite.rewrite(graph, fusions)
@@ -195,9 +200,11 @@ def trace(
     return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0], guard=guard, sizes=sizes)
 
 
-def _only(graph: Any, places: range) -> Any:
+def _only(graph: Any, places: range, of_sizes: bool = False) -> Any:
     """A graph that computes some results of another one, and nothing else."""
     part = graph.copy()
+    if of_sizes:
+        _drop_writes(part)
     for place in reversed(range(len(list(graph.outputs())))):
         if place not in places:
             part.eraseOutput(place)
@@ -205,6 +212,20 @@ def _only(graph: Any, places: range) -> Any:
     torch._C._jit_pass_erase_shape_information(part)
     torch._C._jit_pass_cse(part)
     return torch._C._jit_pass_canonicalize(part)
+
+
+def _drop_writes(graph: Any) -> None:
+    """Remove what is written into tensors, but for single numbers: their sizes stay the same."""
+    for node in list(graph.nodes()):
+        kind = node.output().type() if node.outputsSize() == 1 else None
+        if kind is not None and node.kind() in _WRITES and kind.kind() == "TensorType" and kind.dim():
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
+
+
+_WRITES = frozenset(
+    f"aten::{name}_" for name in ("copy", "fill", "zero", "add", "sub", "mul", "div", "masked_fill", "index_put")
+)
 
 
 def _guard(asked: Any, reads: Reads, count: int) -> Guard:

@@ -1,0 +1,144 @@
+"""Numbers that Python makes of sizes stay sizes while a call is traced, so that one trace serves them all.
+
+A size is a tensor then, and arithmetic with it is recorded. `int(h / 2)`, `len(x)` and `math.ceil(h / 8)` would end that with
+a number for the one shape at hand; here they give tensors. Whatever needs a number after all (`range`, an `if`) asks for
+it in its own time, and that is noted: see `reads.py`. Fractions are computed in double precision, as Python does it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfast.patches import is_users
+from sfast.reads import Reads
+
+_MODELS = ("diffusers.models.", "transformers.models.")
+_ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
+    "__round__": (round, torch.round),
+    "__trunc__": (math.trunc, torch.trunc),
+    "__floor__": (math.floor, torch.floor),
+    "__ceil__": (math.ceil, torch.ceil),
+}
+_DIVISIONS = frozenset((Tensor.div, Tensor.__rdiv__))
+_ARITHMETIC = _DIVISIONS.union(
+    (Tensor.add, Tensor.sub, Tensor.__rsub__, Tensor.mul, Tensor.pow, Tensor.__rpow__, Tensor.neg, Tensor.abs),
+    (Tensor.__floordiv__, Tensor.__rfloordiv__, Tensor.remainder, Tensor.__rmod__),
+    (Tensor.lt, Tensor.le, Tensor.gt, Tensor.ge, Tensor.__eq__, Tensor.__ne__),
+)
+
+
+class Sizes:
+    """What Python's functions of numbers do for sizes, between `start` and `stop`, in one thread."""
+
+    def __init__(self, reads: Reads) -> None:
+        self._reads = reads
+        self._fractions: dict[int, Tensor] = {}  # of sizes, by their ids
+        self._thread = 0
+        self._len = builtins.len
+
+    def start(self) -> None:
+        """Let rounding, `len` and `int` take sizes; `int` by its name in the files of models."""
+        self._thread = threading.get_ident()
+        builtins.len = self._first_size
+        for name, rounded in _ROUNDING.items():
+            setattr(Tensor, name, self._rounding(*rounded))
+        files = [vars(module) for name, module in list(sys.modules.items()) if _is_of_models(name, module)]
+        self._files = [*{id(file): file for file in files}.values()]
+        kind = self._int()
+        for file in self._files:
+            file["int"] = kind
+
+    def stop(self) -> None:
+        """Leave everything as it was."""
+        builtins.len = self._len
+        for name in _ROUNDING:
+            delattr(Tensor, name)
+        for file in self._files:
+            del file["int"]
+
+    def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """What an operator gives for numbers that Python would compute with in double precision; None for all others."""
+        if func not in _ARITHMETIC or not all(map(self._is_number, args)):
+            return None
+        if func not in _DIVISIONS and not any([isinstance(x, float) or id(x) in self._fractions for x in args]):
+            return None  # integers
+        with torch._C.DisableTorchFunction():
+            x, *others = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+            if func is Tensor.__rdiv__:  # it multiplies by 1 / x, which rounds twice
+                result = torch.tensor(others[0], dtype=torch.float64) / x
+            else:
+                result = func(x, *others)
+        if result.is_floating_point():
+            self._fractions[id(result)] = result
+        return result
+
+    def for_tensors(self, value: Any) -> Any:
+        """An operator's argument: fractions of sizes are of the dtype that PyTorch gives them."""
+        if not self._fractions:
+            return value
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+            return type(value)([self.for_tensors(item) for item in value])
+        return value.to(torch.get_default_dtype()) if id(value) in self._fractions else value
+
+    def _is_number(self, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return type(value) in (int, float)
+        if id(value) in self._fractions:
+            return True
+        return value.dim() == 0 and value.dtype is torch.int64 and value.is_cpu and self._reads.of_sizes(value)
+
+    def _rounding(self, of_number: Callable[..., Any], of_tensor: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def rounded(x: Tensor, *digits: Any) -> Any:
+            if digits or threading.get_ident() != self._thread or not self._reads.of_sizes(x):
+                return of_number(x.item(), *digits)
+            with torch._C.DisableTorchFunction():
+                return of_tensor(x).long()
+
+        return rounded
+
+    def _first_size(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and threading.get_ident() == self._thread and value.dim():
+            return value.size(0)
+        return self._len(value)
+
+    def _int(self) -> type[int]:
+        """`int`, but for sizes."""
+        sizes = self
+
+        class Int(int, metaclass=_LikeInt):
+            def __new__(cls, value: Any = 0, *base: Any) -> Any:
+                own = isinstance(value, Tensor) and threading.get_ident() == sizes._thread
+                return math.trunc(value) if own and sizes._reads.of_sizes(value) else int(value, *base)
+
+        return Int
+
+
+class _LikeInt(type):
+    """Makes a class pass for `int` wherever somebody compares with it."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, int)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, int)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is int or other is cls
+
+    __hash__ = type.__hash__
+
+
+def _is_of_models(name: str, module: Any) -> bool:
+    """Whether a model may be written in a file."""
+    if not name.startswith(_MODELS) and not is_users(name):
+        return False
+    names = getattr(module, "__dict__", {})
+    return "int" not in names and not {"torch", "nn", "Tensor"}.isdisjoint(names)
