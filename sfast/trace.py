@@ -26,7 +26,7 @@ from sfast.merge import NAME, Pack, merge_linears
 from sfast.reads import Reads
 from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
-from sfast.writes import written_values
+from sfast.writes import read_by, written_values
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
@@ -64,7 +64,7 @@ class Trace:
         if self.hoisted is not None and self.hoisted.stable == stable:
             return self.hoisted
         with _tracing_lock, _quiet():
-            graphs = hoist.split(self.graph, len(self.used_weights), stable, _keep_only_results)
+            graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
             if graphs is None:
                 return None
             used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
@@ -268,7 +268,7 @@ def _keep_only_results(graph: Any) -> None:
         value = pending.pop()
         if value.unique() not in needed:
             needed.add(value.unique())
-            pending += value.node().inputs()
+            pending += read_by(value.node())
     if needed.isdisjoint(written_values(graph)):
         for node in reversed(list(graph.nodes())):
             if needed.isdisjoint([value.unique() for value in node.outputs()]):

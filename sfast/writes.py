@@ -39,6 +39,12 @@ def writes(node: Any) -> bool:
     return not kind.startswith("prim::") and "!" in node.schema()
 
 
+def read_by(node: Any) -> list[Any]:
+    """What an operator reads, also inside of a loop or branch."""
+    inner = [value for block in node.blocks() for each in (*block.nodes(), block.returnNode()) for value in read_by(each)]
+    return [*node.inputs(), *inner]
+
+
 def _values(node: Any) -> list[Any]:
     inner = [value for block in node.blocks() for each in block.nodes() for value in _values(each)]
     return [*node.inputs(), *node.outputs(), *inner]
