@@ -428,7 +428,7 @@ class Sized(nn.Module):
         self.linear, self.prompt = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
-        return self.linear(x) + self.prompt(prompt).expand(int(x.shape[0]), -1)
+        return self.linear(x) + self.prompt(prompt).expand(len(range(x.shape[0])), -1)
 
 
 def test_parts_of_a_trace_that_does_not_fit_a_shape_are_no_news() -> None:
