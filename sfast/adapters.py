@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast import merged
 from sfast.checksums import Checksums
-from sfast.fallback import let_through
+from sfast.collection import without_collection
+from sfast.cuda_graph import GraphPool, Patience, can_capture, pool_of
+from sfast.fallback import is_out_of_memory, let_through
 from sfast.merged import Adapted, CannotMerge, Merged, is_adapted
 from sfast.placement import owned_alone
 
@@ -47,12 +49,12 @@ class Adapters:
         self._known: list[Hashable] = []  # what these were
         self._picture: int | None = None
         self._scale = 1.0
-        self._failed = False  # the last merge
+        self._failed: Patience | None = None  # of the last merge
         self.dirty = False  # graphs may have to read other weights
 
     def read(self, layers: list[Adapted], shared: set[int]) -> None:
         """The module was read anew; `shared` are the ids of tensors that stand in several places of it."""
-        self.dirty = self.dirty or bool(layers or self._merged or self._failed)
+        self.dirty = self.dirty or bool(layers or self._merged or self._failed is not None)
         self._layers, self._shared = layers, shared
 
     @property
@@ -78,7 +80,7 @@ class Adapters:
         """
         if not self._layers and not self._merged:
             return False
-        if scale != self._scale or self._look() != self._seen:
+        if scale != self._scale or self._look() != self._seen or self._may_suffice():
             self.dirty = True
         elif picture != self._picture:
             self.dirty = self.dirty or self._checksums.get() != self._known
@@ -93,11 +95,12 @@ class Adapters:
         Raises:
             CannotMerge: an adapter has to be computed in Python.
             Exception: whatever computing a sum has raised.
-            After each of them every Parameter has its own memory, and nothing is tried again until something changes.
+            After each of them every Parameter has its own memory, and nothing is tried again until something changes,
+            or until there is more memory, where that was missing.
         """
         if not self.dirty:
             return False
-        with torch.no_grad():
+        with torch.no_grad(), without_collection():
             try:
                 self._merge(own, read)
             except Exception as error:
@@ -106,9 +109,12 @@ class Adapters:
                 self._watch([weight for layer in self._layers for weight in layer.base._parameters.values()])
                 self._known = self._checksums.get()
                 self._seen = self._look()
-                self.dirty, self._failed = False, True
+                self._failed = self._failed or Patience()
+                if is_out_of_memory(error):
+                    self._failed.failed(self._pool())
+                self.dirty = False
                 raise
-        self.dirty = self._failed = False
+        self.dirty, self._failed = False, None
         return True
 
     def _merge(self, own: list[torch.Tensor], read: list[torch.Tensor]) -> None:
@@ -188,6 +194,15 @@ class Adapters:
             return sum(map(_VERSION, self._counted)), tuple(map(torch.Tensor.data_ptr, self._watched))
         except RuntimeError:  # one that was counted is not counted any more
             return object()
+
+    def _may_suffice(self) -> bool:
+        """Whether the last merge has failed for want of memory, and there is more now."""
+        failed = self._failed
+        return failed is not None and failed.failures > 0 and failed.over(self._pool())
+
+    def _pool(self) -> GraphPool | None:
+        device = self._watched[0].device if self._watched else torch.device("cpu")
+        return pool_of(device) if can_capture(device) else None
 
     def _jobs(self) -> list[Job]:
         """The layers with active adapters, which these are, and what they touch."""

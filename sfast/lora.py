@@ -7,19 +7,19 @@ order. `adapters.py` brings it into the weights.
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import inspect
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfast.collection import without_collection
 from sfast.fallback import logger, reason
 from sfast.merged import is_adapted
 from sfast.undo import Undo, modules_of
@@ -61,7 +61,7 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
     if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
         raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
     parts = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
-    with _without_collection():
+    with without_collection():
         before = Undo(pipe, parts, _overwritten(pipe, parts))
         try:
             pairs = zip(adapters, names, strict=True)
@@ -108,18 +108,6 @@ def _name_of(adapter: str | os.PathLike[str], loaded: list[str], options: Mappin
     facts += [(file.name, state.st_mtime_ns, state.st_size) for file in files if (state := file.stat())]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
     return f"file_{re.sub(r'[^0-9a-zA-Z]+', '_', path.stem)}_{digest}"  # a module's name has no dots
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Some ten thousand new objects would have Python look through all objects there are, for longer than all the rest."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _overwritten(pipe: Any, parts: list[torch.nn.Module]) -> list[torch.Tensor]:
