@@ -104,7 +104,8 @@ def _rehearse(function: Callable[[], Any], rehearsal: Rehearsal) -> bool:
                 _logged(functools.partial(launch, rehearsal.device))
     finally:
         rehearsal.pool.shutdown(wait=False)  # what it was given is finished
-    with timed(f"  waiting for {len(rehearsal.mode.future_kernels)} kernels to be compiled"):
+    names = ", ".join(sorted(rehearsal.compiling)) or "none"
+    with timed(f"  waiting for {len(rehearsal.mode.future_kernels)} kernels to be compiled ({names})"):
         for kernel in list(rehearsal.mode.future_kernels.values()):
             _logged(functools.partial(kernel.result, ignore_errors=True))  # it is raised, and noted, at the launch
     return rehearsal.left_out == 0
@@ -126,6 +127,7 @@ class Rehearsal:
 
     def __init__(self, device: torch.device, futures: Any) -> None:
         self.left_out = 0
+        self.compiling: set[str] = set()  # names of kernels
         self.pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "sfast: compiling")
         self.mode = futures.AsyncCompileMode(self, ignore_errors=True)  # we are the executor that it submits to
         self.device = device
@@ -140,6 +142,8 @@ class Rehearsal:
             prepare()
             _prepared.wait(LONGEST_START)
             self._compiled[key] = self._is_compiled(run, args, grid, options)
+            if not self._compiled[key]:
+                self.compiling.add(getattr(getattr(run, "__self__", None), "__name__", "unknown"))
         if self._compiled[key]:
             return run(*args, grid=grid, warmup=False, **options)
         self.left_out += 1
