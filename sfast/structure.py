@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sfast.known import plain
+
 
 class UnsupportedStructure(TypeError):
     """An argument or result holds an object that cannot be taken apart and put together again."""
@@ -35,7 +37,7 @@ def flatten(value: Any, tensors: list[torch.Tensor]) -> Hashable:
             dataclasses and diffusers or transformers outputs.
     """
     if isinstance(value, torch.Tensor):
-        tensors.append(value)
+        tensors.append(plain(value))
         return TENSOR
     if isinstance(value, PLAIN):
         # 1, 1.0 and True are equal in Python but not for a model.

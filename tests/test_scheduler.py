@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 import sfast
 from sfast import CompilationConfig
 from sfast.instead import Instead
-from sfast.scheduler import Timesteps, follow, leave, place_in
+from sfast.known import Known
+from sfast.scheduler import follow, leave
 from tests import tiny
 
 # Those that look timesteps up in a table on the host, and some that count their steps.
@@ -32,43 +32,88 @@ def scheduler_of(name: str) -> Any:
     )
 
 
-def test_an_element_is_known_by_its_place() -> None:
-    times = torch.arange(20, 0, -2)
-    for i, t in enumerate(times):
-        assert place_in(times, t) == i
-    assert [place_in(times, t) for t in times[3:]] == list(range(3, 10))
-    assert [place_in(times[3:], t) for t in times] == [None] * 3 + list(range(7))
-    assert [place_in(times[::2], t) for t in times[:4]] == [0, None, 1, None]
-    assert [place_in(times.flip(0), t) for t in times] == [None] * 10
-    for other in (times[:1], times[0].clone(), times[0].int(), 20, None, torch.tensor(20), times.view(2, 5)):
-        assert place_in(times, other) is None
-    assert place_in(times, torch.empty((), dtype=times.dtype, device="meta")) is None
-    assert place_in(times[:1].expand(3), times[0]) is None
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timesteps on the CPU are treated like those on a GPU."""
+    monkeypatch.setattr("sfast.scheduler._is_away", lambda times: True)
 
 
-def test_on_the_cpu_nothing_is_looked_up() -> None:
+def test_on_the_cpu_timesteps_are_ordinary_tensors() -> None:
     scheduler = scheduler_of("DDIMScheduler")
+    follow(scheduler)
     scheduler.set_timesteps(4)
-    value = scheduler.timesteps[1]
-    assert Timesteps(scheduler).on_host(value) is value
+    assert type(scheduler.timesteps) is Tensor
 
 
+@pytest.mark.usefixtures("away")
+def test_a_scheduler_gets_what_the_host_knows() -> None:
+    scheduler = scheduler_of("DDIMScheduler")
+    got: list[Any] = []
+
+    class Watched(type(scheduler)):  # type: ignore[misc]
+        def step(self, noise: Tensor, t: Any, x: Tensor) -> Any:
+            got.append(t)
+            return super().step(noise, t, x)
+
+    scheduler.__class__ = Watched
+    follow(scheduler)
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 4, 2, 2)
+    for t in scheduler.timesteps:
+        assert isinstance(t, Known)
+        scheduler.step(x, t, x)
+        assert got[-1] is t.host
+    scheduler.timesteps.sub_(7)
+    scheduler.step(x, t, x)
+    assert got[-1] is t.plain  # the host does not know any more
+    leave(scheduler)
+    assert type(scheduler.timesteps) is Tensor and "set_timesteps" not in vars(scheduler)
+
+
+@pytest.mark.usefixtures("away")
 def test_timesteps_count_how_often_they_are_written_to_also_in_inference_mode() -> None:
     scheduler = scheduler_of("DDIMScheduler")
+    follow(scheduler)
     with torch.inference_mode():
         scheduler.set_timesteps(4)
-        assert scheduler.timesteps.is_inference()
-        times = torch.empty(4, device="meta")  # stands for one on a GPU, that cannot be read here
-        value = times[1]
-        assert Timesteps(types.SimpleNamespace(timesteps=times)).on_host(value) is value
-        follow(scheduler)
-        scheduler.set_timesteps(4)
-        version = scheduler.timesteps._version
+        t = scheduler.timesteps[1]
+        assert isinstance(t, Known) and t.fresh()
         scheduler.timesteps[1:].sub_(7)
-        assert scheduler.timesteps._version == version + 1
-        assert not torch.is_grad_enabled()
+        assert not t.fresh() and not torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("away")
+def test_what_torch_has_compiled_gets_ordinary_tensors() -> None:
+    pipe = tiny.TINY["text-to-image"].build()
+    pipe.vae = torch.compile(pipe.vae)  # says nothing before its first call
+    sfast.compile(pipe)
+    pipe.scheduler.set_timesteps(4)
+    assert type(pipe.scheduler.timesteps) is Tensor
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("name", ["text-to-image", "sd3"])
+def test_pipelines_draw_the_same_from_timesteps_that_the_host_knows(name: str) -> None:
+    pipe, eager = (tiny.TINY[name].build() for _ in range(2))
+    sfast.compile(pipe)
+    seen: list[type] = []
+
+    def watch(pipe: Any, step: int, t: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(type(t))
+        return values
+
+    drawn = tiny.TINY[name].draw(pipe, output_type="latent", callback_on_step_end=watch)
+    torch.testing.assert_close(drawn, tiny.TINY[name].draw(eager, output_type="latent"), rtol=1e-3, atol=1e-4)
+    assert seen == [Known] * 3
+
+
+def test_schedulers_of_flow_matching_are_followed_though_they_scale_no_input() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    assert not hasattr(scheduler, "scale_model_input")
+    follow(scheduler)
+    assert isinstance(scheduler.step, Instead) and isinstance(scheduler.set_timesteps, Instead)
     leave(scheduler)
-    assert "set_timesteps" not in vars(scheduler)
+    assert not isinstance(scheduler.step, Instead)
 
 
 def test_methods_are_followed_once_copied_and_left() -> None:
@@ -204,24 +249,24 @@ def test_on_a_gpu_a_scheduler_waits_if_nobody_helps() -> None:
     scheduler.set_timesteps(4, device="cuda")
     x, t = torch.randn(1, 4, 8, 8, device="cuda"), scheduler.timesteps[2]
     right = scheduler.step(x, t, x).prev_sample
-    follow(scheduler)
-    scheduler.scale_model_input(x, t)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mine = scheduler.step(x, t, x).prev_sample
-        leave(scheduler)
         with pytest.raises(RuntimeError, match="synchroniz"):
             scheduler.step(x, t, x)
+        torch.cuda.set_sync_debug_mode("default")
+        follow(scheduler)
+        scheduler.set_timesteps(4, device="cuda")
+        t = scheduler.timesteps[2]
+        torch.cuda.set_sync_debug_mode("error")
+        mine = scheduler.step(x, t, x).prev_sample
+        assert t > 3 and t.is_cuda and (1000 - t.expand(2)[0]).item() == 1000 - t.host.item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(mine, right)
-    follow(scheduler)
-    scheduler.scale_model_input(x, t)
     scheduler.timesteps.mul_(0)  # seen by its version
-    assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t, x).prev_sample)
+    assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t.plain, x).prev_sample)
     with torch.inference_mode():
         scheduler.set_timesteps(4, device="cuda")
         t = scheduler.timesteps[1]
-        scheduler.scale_model_input(x, t)
         scheduler.timesteps.mul_(0)
-    assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t, x).prev_sample)
+    assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t.plain, x).prev_sample)
