@@ -9,11 +9,39 @@ from typing import Any
 
 import torch
 
-from sfast.containers import Changes, Contents
+from sfast.containers import Changes, Contents, repeat
 from sfast.cuda_graph import GraphPool, GraphRunner, Patience
 from sfast.loop import Loop, Watch
+from sfast.numbers import Given, Recording
 from sfast.structure import flatten, unflatten
 from sfast.trace import Trace
+
+EAGER = object()  # instead of a result: the caller shall run eager
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call, taken apart."""
+
+    args: Any
+    kwargs: Any
+    structure: Hashable  # as `structure.flatten` describes it
+    tensors: list[torch.Tensor]  # where the module is; one more where numbers are inputs
+    exact: tuple[Hashable, ...]  # structure, kinds of tensors, the state's key, autocast
+    shapes: Hashable
+    signature: tuple[Hashable, ...]  # what a trace must agree with: `exact`, but for numbers, and what Python decides
+    given: Given | None = None  # the numbers that are inputs
+    recording: Recording | None = None  # what was asked about them while the call was traced
+
+    @property
+    def key(self) -> tuple[Hashable, Hashable]:
+        """What a plan must agree with."""
+        return self.signature, self.shapes
+
+    def result(self, traced: Trace | EagerCall, outputs: list[torch.Tensor]) -> Any:
+        """What eager returns; the caller's containers are as eager leaves them."""
+        repeat(traced.changes, (self.args, self.kwargs), outputs)
+        return traced.unflatten(outputs)
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,9 +149,14 @@ class RandomOffset:
 class Ahead:
     """Results of a call that was launched before it was known to be right."""
 
-    call: Trace | EagerCall
+    call: Call
+    traced: Trace | EagerCall
     outputs: list[torch.Tensor]
     drawn: RandomOffset
+
+    def result(self) -> Any:
+        """It was right."""
+        return self.call.result(self.traced, self.outputs)
 
     def take_back(self) -> None:
         """Nobody shall see it."""

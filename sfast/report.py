@@ -10,6 +10,7 @@ from sfast import fallback
 from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.cuda_graph import pool_of
+from sfast.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ def report(target: Any) -> Report:
     fusions: Counter[str] = Counter()
     rows = []
     for component in installed:
-        fired = component.fired()
+        fired = _fired(component)
         fusions.update(fired)
-        rows.append((component.name, *component.counts(), fired.total()))
+        rows.append((component.name, component.traced, _graphs(component), fired.total()))
     devices = {component.state.device for component in installed if component.state.device.type == "cuda"}
     own = [(component.name, why) for component in installed for why in component.fallbacks]
     return Report(
@@ -65,3 +66,16 @@ def report(target: Any) -> Report:
         graph_memory=sum(pool_of(device).memory() for device in devices),
         rows=rows,
     )
+
+
+def _graphs(component: Component) -> int:
+    """How many captured graphs there are."""
+    plans = component.plans.values()
+    whole = sum(plan.runner is not None and plan.runner.graph is not None for plan in plans)
+    return whole + sum(plan.loop.graphs() for plan in plans if plan.loop is not None)
+
+
+def _fired(component: Component) -> Counter[str]:
+    """How often each fusion fired in the trace that has most of them; shapes and structures repeat the same places."""
+    traces = [traced for known in component.traces.values() for traced in known if isinstance(traced, Trace)]
+    return max([traced.fusions for traced in traces], key=Counter.total, default=Counter())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import threading
 from collections.abc import Hashable, Iterator
 from itertools import chain
 from typing import Any
@@ -19,23 +18,29 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sfast.adapters import Adapters, CannotMerge
+from sfast.adapters import Adapters
+from sfast.collection import without_collection
 from sfast.cuda_graph import follow_replays
 from sfast.fallback import is_out_of_memory, let_through, reason
-from sfast.tree import exchanged, is_foreign, read
+from sfast.merged import CannotMerge
+from sfast.tree import Tree, exchanged, is_foreign, read
+from sfast.trial import Trial
 
 CHANGES_ITSELF = "it changes its own attributes at every call"
 MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
-MAX_ATTRIBUTES = 64  # settings of a module's attributes that are told apart; older ones are traced again
+MAX_ATTRIBUTES = 256  # settings of a module's attributes that are told apart; older ones are traced again
 
 
 class ModuleState:
-    """Reads a module tree once, and tells cheaply at every call whether it is still the same."""
+    """Reads a module tree once, and tells cheaply at every call whether it is still the same.
+
+    Only for one thread at a time; others may change the module meanwhile.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
+        self.generation = 0  # grows when anything was replaced or moved, whoever noticed
         self.version = 0  # grows when a trace of before is no longer right
-        self.changes = 0  # how often anything was replaced or moved, whoever noticed
         self.own: list[torch.Tensor] = []  # the module's
         self.weights: list[torch.Tensor] = []  # what graphs read in their places: with adapters, where there are any
         self.exchanges = 0  # how often these became other tensors
@@ -44,65 +49,56 @@ class ModuleState:
         self.scale = 1.0  # of all adapters: an argument of the call
         self.picture = 0
         self._cannot_merge: str | None = None
-        self._unrest = 0  # how often the forward itself made a new version
+        self._unrest = 0  # how often the forward itself made a new version, or others changed what it read
         self._restless: Hashable = None  # the code that changes what it reads at every call
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
-        self._numbers: dict[Hashable, int] = {}  # short names for settings of all other attributes
-        self._next_number = itertools.count()
+        self._settings: dict[Hashable, int] = {}  # short names for settings of all other attributes
+        self._next_name = itertools.count()
         self._attributes = 0
-        self._unsettled = False  # a change was noticed, and what follows from it was interrupted
+        self._layout: Hashable = None
         self._reread()
-        self._layout = self._describe()
-        self._lock = threading.RLock()
+        self.generation = self.version = 0
 
     def refresh(self) -> None:
         """Notice what was replaced or moved since the last call: up to a millisecond for SDXL's 1,925 modules."""
-        with self._lock:
-            if self._unsettled or not self._tree.same():
-                self._unsettled = True
-                self._reread()
-                self.adapters.changed(self.scale, self.picture)
-            else:
-                pointers = self._addresses()
-                if not self.adapters.changed(self.scale, self.picture) and pointers == self.pointers:
-                    return
-                self._unsettled = True
-                self.pointers = pointers
-            self.changes += 1
-            layout = self._describe()
-            if layout != self._layout:
-                self.version += 1
-                self._layout = layout
-            self._unsettled = False
+        if not self._tree.same():
+            self._reread()
+            return
+        pointers = self._addresses()
+        if self.adapters.changed(self.scale, self.picture) or pointers != self.pointers:
+            self._describe(self._tree)
+            self.generation += 1
+            self.pointers = pointers  # last: what was interrupted is done again
 
     def merge_adapters(self) -> None:
         """Bring what graphs read up to date with the adapters, or find out that they must be computed in Python."""
-        with self._lock:
-            follow_replays(self.device)  # graphs read what is written here
-            try:
-                merged = self.adapters.merge(self.own, self.weights)
-                self._cannot_merge = None
-            except Exception as error:  # a dtype that cannot be added, no memory, ...
-                let_through(error)
-                self._cannot_merge = str(error) if isinstance(error, CannotMerge) else reason(error)
-                if is_out_of_memory(error):
-                    self._cannot_merge = "there is no memory for merging its adapters"
-                return
-            if merged:
-                self.adapters.dirty = True  # until graphs read it, should it be interrupted
-                self._take_weights()
-                self.adapters.dirty = False
+        follow_replays(self.device)  # graphs read what is written here
+        try:
+            merged = self.adapters.merge(self.own, self.weights)
+            self._cannot_merge = None
+        except Exception as error:  # a dtype that cannot be added, no memory, ...
+            let_through(error)
+            self._take_weights()  # the sums of before are gone from where they were
+            self._cannot_merge = str(error) if isinstance(error, CannotMerge) else reason(error)
+            if is_out_of_memory(error):
+                self._cannot_merge = "there is no memory for merging its adapters"
+            return
+        if merged:
+            self.adapters.dirty = True  # until graphs read it, should it be interrupted
+            self._take_weights()
+            self.adapters.dirty = False
 
     def take_adapters_out(self) -> None:
         """Graphs read the module's own weights, in the memory they had before; the next call merges again."""
-        with self._lock:
-            follow_replays(self.device)
-            self.adapters.take_out()
-            self._take_weights()
+        follow_replays(self.device)
+        self.adapters.take_out()
+        self._take_weights()
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """For a while, graphs read the module's own weights, and these may be moved."""
+        self.refresh()
+        tree, generation = self._tree, self.generation
         self.take_adapters_out()
         self.pointers = ()  # nobody replays meanwhile
         try:
@@ -110,55 +106,63 @@ class ModuleState:
         finally:
             self.refresh()
             self.merge_adapters()
+            if self._tree is tree:
+                self.generation = generation  # it was ourselves
 
     def in_place(self) -> bool:
         """Whether the weights known so far are where they were: then what reads them there can do no harm."""
         return self._addresses() == self.pointers
 
-    def refresh_after_eager(self) -> None:
-        """`refresh`, where it was the module's own forward that changed things: it may, a trace does not depend on it."""
-        version, before, number = self.version, self._tree, self._attributes
+    def trial(self) -> Trial:
+        """Around the module's own forward: what it assigns to attributes is told from what others do."""
+        return Trial(self._tree)
+
+    def refresh_after(self, trial: Trial) -> bool:
+        """`refresh`, where the module's own forward may change things: no trace depends on that.
+
+        Returns whether others have changed something meanwhile.
+        """
+        version, before, name = self.version, self._tree, self._attributes
         self.refresh()
-        self._unrest += self.version != version
-        own = exchanged(before, self._tree)
+        own: set[str] = set()
+        others = False
+        for path, existed in exchanged(before, self._tree).items():
+            if trial.is_its_own(path, existed):
+                own.add(path)
+            else:
+                others = True
+        self._unrest += self.version != version or others
         if own:
             self._own |= own
-            self._number_attributes(number)
+            self._name_setting(self._tree, None if others else name)
+        return others
 
-    def keep(self) -> list[tuple[Any, Any]]:
-        """The attributes of all modules as they are, for `put_back` after their forward was run on trial."""
-        places = [p for m in self._tree.modules for p in (m.__dict__, m._parameters, m._buffers)]
-        kinds = (list, set, dict)
-        return [(p, next(kind for kind in kinds if isinstance(p, kind))(p)) for p in (*places, *self._tree.places)]
-
-    def put_back(self, kept: list[tuple[Any, Any]]) -> None:
-        """Undo what was assigned to attributes, or put into lists and dictionaries, since `keep`."""
-        for place, before in kept:
-            if isinstance(place, list):
-                if len(place) != len(before) or any(map(operator.is_not, place, before)):
-                    place[:] = before
-            elif isinstance(place, set):
-                place.intersection_update(before)
-                place.update(before)
-            elif len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
-                place.clear()
-                place.update(before)
-        self.refresh()
-
-    def changes_itself(self) -> bool:
+    def changes_itself(self, trial: Trial) -> bool:
         """Whether the forward, run once more, has changed again what it had changed before: a counter, a kept result."""
         if not self._own or self._tree.same():
             return False
         before = self._tree
-        self.refresh_after_eager()
+        self.refresh_after(trial)
         if self._own.isdisjoint(exchanged(before, self._tree)):
             return False
-        self._restless = self._layout_of_code()
+        self._restless = self._layout_of_code(self._tree)
         return True
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes."""
         return self.version, self._attributes
+
+    def numbers(self) -> dict[str, float]:
+        """The floats among the attributes, by their paths."""
+        return {path: place[key] for path, (place, key) in self.containers().items()}
+
+    def containers(self) -> dict[str, tuple[Any, Any]]:
+        """Container and key of each of them."""
+        return {path: place for path, place in self._tree.numbers.items() if path not in self._own}
+
+    def key_without(self, paths: frozenset[str]) -> Hashable:
+        """The key of all settings that differ in nothing but the attributes at some paths."""
+        return self.version, self._name_of(self._setting(self._tree, paths), None) if paths else self._attributes
 
     @property
     def device(self) -> torch.device:
@@ -183,20 +187,25 @@ class ModuleState:
             return "the module is in training mode; call .eval() first"
         if self._unrest > MAX_UNREST:
             return "its forward exchanges its own tensors or submodules again and again"
-        if self._restless is not None and self._restless == self._layout_of_code():
+        if self._restless is not None and self._restless == self._layout_of_code(self._tree):
             return CHANGES_ITSELF
         if self.device.type == "meta":
             return "its weights are on the meta device"
         return None
 
+    @without_collection()
     def _reread(self) -> None:
-        self._tree = read(self.module)
+        tree = read(self.module)
         # Tied weights are one input.
-        self.own = list({id(tensor): tensor for _, tensor in self._tree.weights}.values())
+        self.own = list({id(tensor): tensor for _, tensor in tree.weights}.values())
         self._wrappers = [weight for weight in self.own if is_traceable_wrapper_subclass(weight)]
-        self.adapters.read(self._tree.adapted, self._tree.shared() if self._tree.adapted else set())
+        self.adapters.read(tree.adapted, tree.shared() if tree.adapted else set())
+        self.adapters.changed(self.scale, self.picture)
         self._take_weights()
-        self._number_attributes()
+        self._name_setting(tree)
+        self._describe(tree)
+        self.generation += 1
+        self._tree = tree  # last: what was interrupted is done again
 
     def _take_weights(self) -> None:
         before, self.weights = self.weights, self.adapters.read_by_graphs(self.own)
@@ -208,23 +217,32 @@ class ModuleState:
         inner = chain.from_iterable(map(_inner_addresses, self._wrappers))
         return (*map(torch.Tensor.data_ptr, self.weights), *inner)
 
-    def _number_attributes(self, number: int | None = None) -> None:
-        setting = frozenset(item for item in self._tree.attributes.items() if item[0] not in self._own)
-        known = self._numbers.pop(setting, None)
-        if len(self._numbers) >= MAX_ATTRIBUTES:
-            del self._numbers[next(iter(self._numbers))]
-        if number is None:
-            number = next(self._next_number) if known is None else known
-        self._numbers[setting] = self._attributes = number
+    def _name_setting(self, tree: Tree, name: int | None = None) -> None:
+        self._attributes = self._name_of(self._setting(tree), name)
 
-    def _describe(self) -> Hashable:
+    def _setting(self, tree: Tree, without: frozenset[str] = frozenset()) -> Hashable:
+        skipped = self._own | without
+        return without, frozenset(item for item in tree.attributes.items() if item[0] not in skipped)
+
+    def _name_of(self, setting: Hashable, name: int | None) -> int:
+        known = self._settings.pop(setting, None)
+        if len(self._settings) >= MAX_ATTRIBUTES:
+            del self._settings[next(iter(self._settings))]
+        if name is None:
+            name = next(self._next_name) if known is None else known
+        self._settings[setting] = name
+        return name
+
+    def _describe(self, tree: Tree) -> None:
         """Everything about the tree that a trace bakes in; equal before and after a mere exchange of values."""
         order = {id(tensor): i for i, tensor in enumerate(self.own)}
-        weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in self._tree.weights])
-        return weights, *self._layout_of_code()
+        weights = tuple([(name, order[id(t)], t.shape, t.dtype, t.device) for name, t in tree.weights])
+        layout = weights, *self._layout_of_code(tree)
+        if layout != self._layout:
+            self.version += 1
+            self._layout = layout
 
-    def _layout_of_code(self) -> tuple[Hashable, ...]:
-        tree = self._tree
+    def _layout_of_code(self, tree: Tree) -> tuple[Hashable, ...]:
         return tuple(map(id, tree.modules)), tuple(tree.types), tuple(map(id, tree.processors)), tuple(tree.code)
 
 

@@ -23,6 +23,7 @@ from sfast.containers import Changes, Contents
 from sfast.decisions import Guard, Sizes
 from sfast.fallback import keeping_exceptions
 from sfast.merge import NAME, Pack, merge_linears
+from sfast.numbers import Recording
 from sfast.reads import Reads
 from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
@@ -137,6 +138,7 @@ def trace(
     tensors: list[torch.Tensor],
     fusions: list[rewrite.Fusion],
     merge: bool = False,
+    recording: Recording | None = None,
 ) -> Trace:
     """Trace `forward` at one call and fuse its graph.
 
@@ -146,6 +148,7 @@ def trace(
         call, tensors: the call's (args, kwargs), as `structure.flatten` takes them apart.
         fusions: what to fuse, in order; without any the graph stays as it was traced.
         merge: whether to merge linear layers that read the same tensor.
+        recording: of the numbers that stand for the values in the last of `tensors`.
 
     Raises:
         Untraceable: the module calls an operator that takes Python functions of elements.
@@ -160,6 +163,8 @@ def trace(
 
     def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nonlocal own
+        if recording is not None:
+            recording.vector = flat_inputs[-1]
         args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
         results: list[torch.Tensor] = []
         before = Contents((args, kwargs))
@@ -177,7 +182,7 @@ def trace(
     repairs = Repairs()
     reads = repairs.reads
     with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
-        with repairs:
+        with repairs, recording or contextlib.nullcontext():
             graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
         torch._C._jit_pass_inline(graph)
         torch._C._jit_pass_lower_all_tuples(graph)

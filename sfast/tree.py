@@ -21,8 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sfast import patches
-from sfast.adapters import Adapted, is_adapted
 from sfast.columns import Columns
+from sfast.merged import Adapted, is_adapted
 from sfast.structure import PLAIN
 
 MAX_OBJECTS = 256  # of users' own, that code may read
@@ -33,6 +33,7 @@ class Tree:
     """Everything in a module tree that may be exchanged, as it was when it was read."""
 
     modules: list[torch.nn.Module] = dataclasses.field(default_factory=list)
+    names: list[str] = dataclasses.field(default_factory=list)  # their paths, of those that are registered
     types: list[type] = dataclasses.field(default_factory=list)  # their classes
     modal: list[torch.nn.Module] = dataclasses.field(default_factory=list)  # those that may differ in training
     live: list[Any] = dataclasses.field(default_factory=list)  # lists, and views of the values of dictionaries
@@ -43,6 +44,7 @@ class Tree:
     length: int = 0  # of all of those together
     weights: list[tuple[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     attributes: dict[str, Hashable] = dataclasses.field(default_factory=dict)  # what Python may decide by
+    numbers: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)  # floats: container and key of each
     processors: list[Any] = dataclasses.field(default_factory=list)  # of attention; those that are no modules
     hooks: list[dict[Any, Any]] = dataclasses.field(default_factory=list)  # forward hooks of submodules
     wrapped: list[str] = dataclasses.field(default_factory=list)  # submodules that accelerate or diffusers has wrapped
@@ -183,12 +185,19 @@ _OF_ADAPTERS = frozenset(
 _WRAPPERS = ("_hf_hook", "_diffusers_hook")
 
 
-def exchanged(before: Tree, after: Tree) -> set[str]:
-    """Names of the attributes that have another value, or are another tensor, than before."""
-    values = before.attributes.keys() | after.attributes.keys()
-    old, new = dict(before.weights), dict(after.weights)
-    tensors = {name for name in old.keys() | new.keys() if old.get(name) is not new.get(name)}
-    return tensors | {name for name in values if before.attributes.get(name) != after.attributes.get(name)}
+def exchanged(before: Tree, after: Tree) -> dict[str, bool]:
+    """Paths of the attributes that have another value, or are another tensor, and whether there was something before."""
+    old, new = ({**tree.attributes, **{name: id(t) for name, t in tree.weights}} for tree in (before, after))
+    changed = [name for name in old.keys() | new.keys() if old.get(name, _NONE) != new.get(name, _NONE)]
+    return {name: name in old and not _has_grown(old[name], new.get(name)) for name in changed}
+
+
+def _has_grown(old: Any, new: Any) -> bool:
+    """Whether a list or dictionary has more entries than before."""
+    containers = [
+        type(each) is tuple and isinstance(each[0], type) and issubclass(each[0], (list, dict)) for each in (old, new)
+    ]
+    return all(containers) and bool(old[0] is new[0] and old[1] < new[1])
 
 
 def read(root: torch.nn.Module) -> Tree:
@@ -196,6 +205,7 @@ def read(root: torch.nn.Module) -> Tree:
     tree.attributes["training"] = bool, root.training
     for path, module in _modules(root, tree):
         tree.modules.append(module)
+        tree.names.append(path)
         tree.types.append(type(module))
         if isinstance(module, _MODAL):
             tree.modal.append(module)
@@ -217,6 +227,8 @@ def read(root: torch.nn.Module) -> Tree:
                 tree.seen.add(id(value))
                 value = vars(value)
             _read_attribute(tree, f"{path}.{name}", value)
+            if type(value) is float:
+                tree.numbers[f"{path}.{name}"] = module.__dict__, name
         if module is not root:
             tree.hooks += [module._forward_hooks, module._forward_pre_hooks]
             tree.wrapped += [path for name in _WRAPPERS if name in module.__dict__]
@@ -311,6 +323,8 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
             tree.places.append(value)
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
+            if type(item) is float and type(value) in (dict, list):
+                tree.numbers[f"{path}.{name}"] = value, name
     elif patches.is_small_array(value):
         tree.attributes[path] = patches.in_array(value)
         tree.watch_values(patches.in_array, value)

@@ -46,7 +46,8 @@ class Check:
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
         python_random = _python_random_state()
 
-        self.expected = run_eagerly(component.eager, state, args, kwargs)
+        with state.trial() as trial:
+            self.expected = run_eagerly(component.eager, state, args, kwargs)
 
         self._after = _random_state(self._device)
         self._tensors: list[torch.Tensor] = []
@@ -63,7 +64,15 @@ class Check:
             self.refused = f"its result cannot be rebuilt: {error}"
         except ChangesContainers as error:
             self.refused = str(error)
-        state.refresh_after_eager()
+        others = state.refresh_after(trial)
+        self._state, self._generation = state, -1 if others else state.generation
+        self._values = [version_of(weight) for weight in state.own]
+
+    def disturbed(self) -> bool:
+        """Whether others have changed the module since eager began: then nothing can be compared with its result."""
+        self._state.refresh()
+        values = [version_of(weight) for weight in self._state.own]
+        return self._state.generation != self._generation or values != self._values
 
     def rewind(self) -> None:
         """Before each attempt: the random numbers that eager started with."""

@@ -94,5 +94,5 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Calls on the CPU are captured, in this pool."""
     made = Pool()
     monkeypatch.setitem(sfast.cuda_graph._pools, CPU, made)
-    monkeypatch.setattr("sfast.component.can_capture", lambda device: True)
+    monkeypatch.setattr("sfast.prepare.can_capture", lambda device: True)
     return made

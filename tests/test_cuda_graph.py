@@ -165,7 +165,7 @@ def test_memory_returns_with_the_module() -> None:
     net = sfast.compile(Net(256).eval().requires_grad_(False).cuda().half())
     net(*data(size=64))
     assert sfast.report(net).graph_memory > 2**20
-    pool = next(plan.runner.pool for plan in net.forward._plans.values())
+    pool = next(plan.runner.pool for plan in net.forward.plans.values())
     reserved = torch.cuda.memory_reserved()
     del net
     gc.collect()

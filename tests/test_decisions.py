@@ -103,7 +103,7 @@ def test_the_same_tensor_is_asked_once() -> None:
     model(torch.randn(2, 3), mask)
     component = component_of(model)
     assert component is not None
-    (guards,) = component._decisions._guards.values()
+    (guards,) = component.decisions._guards.values()
     model(torch.randn(2, 3), mask)  # asks, and remembers the tensor
     guards[0].compute = None  # type: ignore[assignment]  # nobody may ask
     x = torch.randn(2, 3)
@@ -175,7 +175,7 @@ def test_two_masks_in_turn_are_each_looked_at_once() -> None:
         for _ in range(2):
             for mask in masks:
                 model(X, mask)
-        (guards,) = component_of(model)._decisions._guards.values()
+        (guards,) = component_of(model).decisions._guards.values()
         looks: list[bool] = []
         for guard in guards:
             compute = guard.compute

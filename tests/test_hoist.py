@@ -41,7 +41,7 @@ def pair() -> tuple[Step, Step]:
 
 
 def loop_of(module: nn.Module) -> Loop | None:
-    loops = [plan.loop for plan in module.forward._plans.values() if plan.loop is not None]  # type: ignore[union-attr]
+    loops = [plan.loop for plan in module.forward.plans.values() if plan.loop is not None]  # type: ignore[union-attr]
     return loops[0] if loops else None
 
 
@@ -441,7 +441,7 @@ def test_parts_of_a_trace_that_does_not_fit_a_shape_are_no_news() -> None:
             agree(compiled(x, prompt), eager(x, prompt))
     report = sfast.report(compiled)
     assert (report.traces, report.fallbacks) == (2, [])
-    plans = compiled.forward._plans.values()  # type: ignore[union-attr]
+    plans = compiled.forward.plans.values()  # type: ignore[union-attr]
     assert [plan.loop is not None for plan in plans] == [True, True]
 
 
@@ -456,7 +456,7 @@ def test_a_prologue_forgotten_runs_again_and_is_no_miss(pair: tuple[Step, Step])
     misses = loop.misses
     for module in pair:
         module.key.weight.data.mul_(1.5)
-    launch.forget_hoisted(compiled.forward._plans.values())  # type: ignore[attr-defined]
+    launch.forget_hoisted(compiled.forward.plans.values())  # type: ignore[attr-defined]
     for x, t in steps(2):
         agree(compiled(x, t, prompt), eager(x, t, prompt))
     assert loop.misses == misses

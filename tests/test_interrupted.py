@@ -83,7 +83,7 @@ def test_an_interruption_ends_the_call_and_nothing_else(net: Net) -> None:
         TRAP.set(0, None)
         steps(net, prompt)
         assert sfast.report(net).fallbacks == []
-        plans = net.forward._plans.values()  # type: ignore[attr-defined]
+        plans = net.forward.plans.values()  # type: ignore[attr-defined]
         assert [plan.loop is not None for plan in plans] == [True]
         sfast.restore(net)
     assert 0 < whole < 40

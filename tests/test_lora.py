@@ -329,7 +329,7 @@ def hoisted(user: User) -> int:
     """How many weights the prologues of the denoiser read."""
     component = component_of(getattr(user.pipe, user.denoiser))
     assert component is not None
-    plans = component._plans.values()
+    plans = component.plans.values()
     return sum(len(plan.loop.split.prologue_weights) for plan in plans if plan.loop is not None)
 
 

@@ -47,14 +47,14 @@ def test_a_forward_that_another_layout_breaks_keeps_the_one_it_had() -> None:
     module = sfast.compile(Flat().eval().requires_grad_(False))
     component = component_of(module)
     assert component is not None
-    component._placement.make_channels_last(list(module.parameters()))  # as on a GPU
+    component.placement.make_channels_last(list(module.parameters()))  # as on a GPU
     x = torch.randn(2, 3, 6, 5)
     with pytest.raises(RuntimeError, match="view"):
         component.eager(x)
     expected = torch.nn.functional.conv2d(x, module.conv.weight.contiguous(), module.conv.bias, padding=1).flatten(1)
     torch.testing.assert_close(module(x), expected)
     assert module.conv.weight.is_contiguous()
-    assert component._placement.make_channels_last(list(module.parameters())) and module.conv.weight.is_contiguous()
+    assert component.placement.make_channels_last(list(module.parameters())) and module.conv.weight.is_contiguous()
     assert [note for _, note in sfast.report(module).fallbacks] == [
         "convolution weights keep their memory format: the forward fails with another"
     ]
@@ -64,10 +64,10 @@ def test_an_error_of_the_forward_itself_changes_no_layout() -> None:
     module = sfast.compile(Flat().eval().requires_grad_(False))
     component = component_of(module)
     assert component is not None
-    component._placement.make_channels_last(list(module.parameters()))
+    component.placement.make_channels_last(list(module.parameters()))
     with pytest.raises(RuntimeError, match="channels"):
         module(torch.randn(2, 4, 6, 5))
-    assert component._placement.make_channels_last(list(module.parameters()))
+    assert component.placement.make_channels_last(list(module.parameters()))
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -92,14 +92,14 @@ def test_a_shape_after_the_first_begins_in_two_parts(pool: Pool) -> None:
     assert captures == [3, 2, 2, 2]  # whole, prologue and body; then prologue and body alone
     report = sfast.report(compiled)
     assert (report.traces, report.graphs, report.fallbacks) == (1, 8, [])
-    plans = list(compiled.forward._plans.values())
+    plans = list(compiled.forward.plans.values())
     assert all(plan.loop is not None and plan.loop.misses == 1 for plan in plans)
 
 
 def test_parts_that_are_wrong_at_another_shape_are_not_used(pool: Pool, said: Any) -> None:
     eager, compiled = unets()
     run(compiled, steps(SHAPES[0]))
-    split = next(iter(compiled.forward._plans.values())).call.hoisted
+    split = next(iter(compiled.forward.plans.values())).call.hoisted
     right = split.body
     split.body = lambda *args: [result * 1.5 for result in right(*args)]
     inputs = steps(SHAPES[1])
@@ -296,11 +296,11 @@ def test_on_a_gpu_new_shapes_cost_captures_and_little_else() -> None:
     assert (report.traces, report.graphs, report.fallbacks) == (1, 2 * len(SHAPES), [])
     assert max(seconds[1:]) < 2.0 and sorted(seconds[1:])[len(seconds) // 2] < 0.5, seconds  # a kernel may be compiled
     assert memory[-1] - memory[0] < GIB, memory
-    before = [plan.loop for plan in compiled.forward._plans.values()]
+    before = [plan.loop for plan in compiled.forward.plans.values()]
     for shape in reversed(SHAPES):
         inputs = steps(shape, like=like)
         assert max(map(error, run(compiled, inputs), run(eager, inputs))) < 1e-2
-    assert [plan.loop for plan in compiled.forward._plans.values()] == before  # nothing was captured again
+    assert [plan.loop for plan in compiled.forward.plans.values()] == before  # nothing was captured again
 
 
 @pytest.mark.gpu

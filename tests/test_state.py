@@ -104,8 +104,9 @@ def test_what_the_forward_itself_changes_is_not_part_of_the_key() -> None:
     module, _ = _state()
     module[1].calls = 0
     state = ModuleState(module)
-    module[1].calls += 1
-    state.refresh_after_eager()
+    with state.trial() as trial:
+        module[1].calls += 1
+    assert not state.refresh_after(trial)
     key = state.key()
     module[1].calls += 1
     state.refresh()
@@ -118,8 +119,9 @@ def test_a_forward_that_never_settles_stays_eager() -> None:
     module.history = []
     for _ in range(10):
         assert state.why_eager([]) is None
-        module.history.append(torch.ones(1))
-        state.refresh_after_eager()
+        with state.trial() as trial:
+            module.history.append(torch.ones(1))
+        state.refresh_after(trial)
         if state.why_eager([]) is not None:
             break
     assert "again and again" in str(state.why_eager([]))

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import sfast
-from sfast import component, cuda_graph, disk_cache, hoist, trace
+from sfast import cuda_graph, disk_cache, hoist, prepare, trace
 from sfast.kernels import op
 from tests.soak.operation import operation
 from tests.soak.pair import Pair, draw
@@ -26,7 +26,7 @@ PACKAGE = str(Path(sfast.__file__).parent)
 
 # Where something may fail that sfast does on top of eager, or in its place.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "trace": [(component, "trace"), (hoist, "split")],
+    "trace": [(prepare, "trace"), (hoist, "split")],
     "run": [(trace.Trace, "run"), (trace.Split, "prologue"), (trace.Split, "body")],
     "capture": [(cuda_graph.GraphPool, "_capture"), (torch.cuda.CUDAGraph, "capture_begin")],
     "replay": [(cuda_graph.GraphPool, "replay")],

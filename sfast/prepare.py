@@ -1,0 +1,243 @@
+"""The first call at a new structure or shape: find or make a trace that serves it, run and capture it, compare, remember.
+
+Whatever goes wrong on that way ends in eager's own result, with one line that says why. Nothing is remembered of a call in
+the middle of which others have changed the module: the next one is tried anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sfast import fallback, launch, native, verify
+from sfast.containers import ChangesContainers
+from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
+from sfast.decisions import Untraceable
+from sfast.kernels import nearby
+from sfast.loop import Watch
+from sfast.numbers import CHECKS, Pinned
+from sfast.plan import EAGER, Call, EagerCall, Plan
+from sfast.state import CHANGES_ITSELF
+from sfast.structure import describe_shapes
+from sfast.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from sfast.component import Component
+
+T = TypeVar("T")
+Candidate = tuple[Callable[[], Trace | EagerCall], bool]  # and whether it is the last resort
+
+MAX_PLANS = 1024  # shapes and structures remembered for one module; older ones are prepared again
+MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
+USES = 3  # of a trace on average: then the oldest makes room for new ones
+
+
+def prepare(component: Component, call: Call, check: verify.Check | None = None) -> Any:
+    """Find or make a trace for this call, check it against eager, and return the call's result (or `EAGER`)."""
+    if call.given is None and component.config.enable_jit and (given := component.find_numbers(call)) is not None:
+        component.give(call, given)
+        plan = component.plans.get(call.key)
+        if plan is not None and plan.call is not None:
+            return _confirm(component, call, plan, check)
+    _make_room_for_a_plan(component)
+    device = component.state.device
+    before = component.plans.pop(call.key, None)
+    patience = Patience() if before is None else before.patience
+    pool = pool_of(device) if component.config.enable_cuda_graph and can_capture(device) else None
+    native.recall_choices(device)
+    component.lay_out()
+    if check is None and component.config.verify:
+        check = _check(component, call)
+    if check is not None and check.refused is not None:
+        return _give_up(component, call, call.key, check.refused, check)
+
+    failure = f"there are {MAX_TRACES} traces already, none of them for these values of its arguments"
+    for candidate, last_resort in _candidates(component, call):
+        try:
+            traced = _on_trial(component, candidate)
+            if traced is None:
+                return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
+            if isinstance(traced, Trace) and traced.guard is not None:
+                component.decisions.learn(call.signature, traced.guard)
+                component.decide(call)
+            if check is not None and check.disturbed():
+                break
+            component.bring_together(traced)
+            plan = Plan(traced, pool=pool, patience=patience)
+            plan.watch = Watch() if component.hoists and len(call.tensors) > 1 else None
+            wanted = call.signature in component.traces  # not at a first shape
+            with nearby.borrowing(device, wanted=wanted), _dropping(plan):
+                launch.capture_if_possible(component, plan, call.tensors)
+                if check is not None:
+                    check.rewind()  # tracing and warming up have drawn random numbers, too
+                outputs = launch.run(component, plan, call.tensors)
+            error = check.error(traced, outputs) if check is not None else None
+        except Pinned as pinned:
+            assert call.given is not None
+            component.numbers.pin(call.given, pinned.places)
+            return _without_numbers(component, call, check)
+        except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
+            component.decide(call)
+            return _give_up(component, call, call.signature, str(exception), check)
+        except Exception as exception:
+            fallback.let_through(exception)
+            failure = fallback.reason(exception)
+            if fallback.is_out_of_memory(exception):  # there may be more at a later call
+                make_room(device)
+                component.note(f"ran eager at {describe_shapes(call.tensors)}, until there is more memory: {failure}")
+                component.plans[call.key] = Plan(None, pool=pool, patience=patience)
+                patience.failed(pool)
+                return EAGER if check is None else check.give_back()
+            fallback.logger.debug("%s: a candidate failed", component.name, exc_info=exception)
+            continue
+        if check is not None and check.disturbed():
+            launch.drop(plan)
+            break
+        if error is None:
+            if last_resort:
+                component.note(f"runs without fusions at {describe_shapes(call.tensors)}: with them, {failure}")
+            component.remember(call, plan, traced)
+            native.keep_choices(device)
+            if check is None:
+                return call.result(traced, outputs)
+            check.finish()
+            return traced.unflatten(outputs)
+        failure = error
+        launch.drop(plan)
+    if check is not None and check.disturbed():
+        fallback.logger.debug("%s: others have changed it meanwhile: the next call is tried anew", component.name)
+        return check.give_back()
+    if call.given is not None:
+        component.numbers.pin(call.given)
+        return _without_numbers(component, call, check)
+    return _give_up(component, call, call.key, f"at {describe_shapes(call.tensors)}: {failure}", check)
+
+
+def _check(component: Component, call: Call) -> verify.Check:
+    with fallback.timed(f"{component.name}: the eager call"):
+        return verify.check(component, component.placement, call.args, call.kwargs)
+
+
+def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check | None) -> Any:
+    """Run a plan with values of numbers that it has not had; the first few are compared with eager."""
+    assert plan.call is not None and call.given is not None
+    if not component.config.verify or call.given.variant.checks >= CHECKS:
+        component.numbers.keep(call.exact, call.given)
+        return component.run(plan, call)
+    check = check or _check(component, call)
+    if check.refused is None:
+        try:
+            check.rewind()
+            outputs = launch.run(component, plan, call.tensors)
+            error = check.error(plan.call, outputs)
+        except Exception as exception:
+            fallback.let_through(exception)
+            error = fallback.reason(exception)
+        if check.disturbed():
+            return check.give_back()
+        if error is None:
+            call.given.variant.checks += 1
+            component.numbers.keep(call.exact, call.given)
+            check.finish()
+            return plan.call.unflatten(outputs)
+        fallback.logger.debug("%s: its numbers are no inputs: %s", component.name, error)
+    component.numbers.pin(call.given)
+    return _without_numbers(component, call, check)
+
+
+def _without_numbers(component: Component, call: Call, check: verify.Check | None) -> Any:
+    component.give(call, None)
+    return prepare(component, call, check)
+
+
+def _on_trial(component: Component, candidate: Callable[[], T]) -> T | None:
+    """A candidate; None if the module's forward changes again what it has changed before.
+
+    Tracing runs the module's Python once more than the caller did, and nobody shall see that.
+    """
+    with component.state.trial() as trial:
+        try:
+            made = candidate()
+        finally:
+            changes = component.state.changes_itself(trial)
+            trial.undo()
+            component.state.refresh()
+    return None if changes else made
+
+
+@contextlib.contextmanager
+def _dropping(plan: Plan) -> Any:
+    """Where a call fails, its graphs go with it."""
+    try:
+        yield
+    except BaseException:
+        launch.drop(plan)
+        raise
+
+
+def _candidates(component: Component, call: Call) -> list[Candidate]:
+    """Ways to compute this call, best first: a trace of another shape, a new one, one without fusions."""
+    config, state = component.config, component.state
+    if not config.enable_jit:
+        return [(functools.partial(EagerCall, component.eager, call.structure), False)]
+    known: list[Candidate] = [(functools.partial(_itself, traced), False) for traced in _that_fit(component, call)]
+    full = sum(map(len, component.traces.values())) >= MAX_TRACES
+    if full and component.uses < USES * component.traced:
+        component.note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
+        return known
+
+    def traced(what: str, fusions: list[Any], merge: bool) -> Trace:
+        recording = call.given.record() if call.given is not None else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fallback.timed(f"{component.name}: {what}"))
+            stack.enter_context(state.adapters.left_out())
+            structure = call.structure
+            if recording is not None:
+                structure = recording.in_arguments(structure)
+                stack.enter_context(recording.in_attributes(state.containers()))
+            made = trace(component.eager, state.own, structure, call.tensors, fusions, merge, recording)
+        if recording is not None:
+            recording.check()
+        call.recording = recording
+        return made
+
+    def fused() -> Trace:
+        if full:
+            _make_room_for_a_trace(component)
+        return traced("tracing and rewriting", component.fusions, config.enable_merged_linears)
+
+    if call.given is not None:  # if they are no inputs after all, each value is traced
+        return [*known, (fused, False)]
+    return [*known, (fused, False), (functools.partial(traced, "tracing without fusions", [], False), True)]
+
+
+def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
+    """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
+    known = [traced for traced in reversed(component.traces.get(call.signature, [])) if isinstance(traced, Trace)]
+    fit = {traced: traced.fits(component.state.weights, call.tensors) for traced in known}
+    return [traced for traced in known if fit[traced] or (fit[traced] is None and component.config.verify)]
+
+
+def _make_room_for_a_plan(component: Component) -> None:
+    if len(component.plans) >= MAX_PLANS:
+        launch.drop(component.plans.pop(next(iter(component.plans))))  # the oldest
+
+
+def _make_room_for_a_trace(component: Component) -> None:
+    """Forget what was traced first."""
+    oldest = next(iter(component.traces))
+    del component.traces[oldest]
+    for key in [key for key in component.plans if oldest in (key, key[0])]:  # type: ignore[index]
+        launch.drop(component.plans.pop(key))
+
+
+def _give_up(component: Component, call: Call, key: Hashable, why: str, check: verify.Check | None) -> Any:
+    component.note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
+    component.plans[key] = Plan(None)
+    return EAGER if check is None else check.give_back()
+
+
+def _itself(value: T) -> T:
+    return value
