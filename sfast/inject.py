@@ -79,7 +79,9 @@ _FREE = frozenset(
     )
 )
 _PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_BARE = vars(nn.Module())
+_OF_EVERY_MODULE = frozenset(_BARE)
+_CONTAINERS = frozenset(key for key, value in _BARE.items() if hasattr(value, "copy"))
 _HOOKED = operator.attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -91,6 +93,7 @@ class _Place:
     parent: nn.Module
     layer: nn.Module  # peft's, or the one to wrap
     base: nn.Module
+    kind: Any  # what the layers of peft for such a base have in common
     down: Tensor  # [r, C, ...]
     up: Tensor  # [K, r, ...]
 
@@ -110,12 +113,13 @@ class _Plan:
         if not any(map(is_adapted, modules_of(model))):
             model.requires_grad_(False)  # as peft does for the first adapter
         alpha_of = _lookup(self.config.alpha_pattern, self.config.lora_alpha)
+        entries = {kind: _entries(pattern, name) for kind, pattern in self.patterns.items()}
         for place, (down, up) in zip(self.places, weights, strict=True):
-            pattern, layer = self.patterns[_kind(place.base)], place.layer
+            pattern, layer = self.patterns[place.kind], place.layer
             if layer is place.base:
                 layer = _wrapped(place, pattern)
             else:
-                _add_entries(layer, pattern, name)
+                _add_entries(layer, entries[place.kind], name)
             _set(layer.lora_A[name], down, "out")
             _set(layer.lora_B[name], up, "in")
             layer.r[name], layer.lora_alpha[name] = down.shape[0], alpha_of(place.path)
@@ -193,13 +197,13 @@ def _is_moved(attributes: dict[str, Any]) -> bool:
 
 def _planned(model: Any, name: str, bases: _Bases, sketch: _Sketch, config: Any, tensors: dict[str, Tensor]) -> _Plan:
     places = []
-    for path, (parent, layer, base) in bases.items():
+    for path, (parent, layer, base, kind) in bases.items():
         # Whether peft has put the adapter's name into the keys of layers that the sketch lacks, depends on its version.
         down, up = (
             tensors.pop(key if (key := f"{path}.{part}.{name}.weight") in tensors else f"{path}.{part}.weight")
             for part in ("lora_A", "lora_B")
         )
-        places.append(_Place(path, parent, layer, base, down, up))
+        places.append(_Place(path, parent, layer, base, kind, down, up))
     if tensors:
         raise _NotPlain(f"it has `{next(iter(tensors))}`")
     plan = _Plan(model, name, config, places, {kind: sketch.get_submodule(p) for kind, p in sketch.paths.items()})
@@ -208,15 +212,17 @@ def _planned(model: Any, name: str, bases: _Bases, sketch: _Sketch, config: Any,
     return plan
 
 
-_Bases = dict[str, tuple[nn.Module, nn.Module, nn.Module]]
+_Bases = dict[str, tuple[nn.Module, nn.Module, nn.Module, Any]]
 
 
 def _bases(model: nn.Module, tensors: dict[str, Tensor]) -> _Bases:
-    """For each layer that the file is for: where it stands, what stands there, and the layer itself without adapters."""
+    """For each layer that the file is for: where it stands, what stands there, the layer without adapters, its kind."""
     found: _Bases = {}
-    for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors):
+    parents: dict[str, nn.Module] = {}
+    for path in dict.fromkeys([key.rpartition(".lora_")[0] for key in tensors]):
         above, _, leaf = path.rpartition(".")
-        parent = model.get_submodule(above)
+        if (parent := parents.get(above)) is None:
+            parent = parents[above] = model.get_submodule(above)
         layer = parent._modules[leaf]
         base = layer._modules["base_layer"] if layer is not None and is_adapted(layer) else layer
         if base is None or type(base) not in _PLAIN_LAYERS or getattr(base, "groups", 1) != 1:
@@ -224,8 +230,8 @@ def _bases(model: nn.Module, tensors: dict[str, Tensor]) -> _Bases:
         weight = base.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
             raise _NotPlain(f"the weight of `{path}` is a {type(weight).__name__} of {weight.dtype} on {weight.device}")
-        found[path] = parent, layer, base
-    if len({id(base) for _, _, base in found.values()}) < len(found):
+        found[path] = parent, layer, base, _kind(base)
+    if len({id(base) for _, _, base, _ in found.values()}) < len(found):
         raise _NotPlain("a layer has two names")
     return found
 
@@ -237,8 +243,8 @@ class _Sketch(PeftAdapterMixin, nn.Module):
         super().__init__()
         self.loaded: dict[str, Tensor] = {}
         self.paths: dict[Any, str] = {}  # of each kind
-        for path, (_, _, base) in bases.items():
-            if self.paths.setdefault(_kind(base), path) == path:
+        for path, (_, _, base, kind) in bases.items():
+            if self.paths.setdefault(kind, path) == path:
                 above, _, leaf = path.rpartition(".")
                 _submodule(self, above).add_module(leaf, _copied(base, {}, device="meta"))
 
@@ -281,7 +287,7 @@ def _check_places(plan: _Plan, sketch: _Sketch) -> None:
             raise _NotPlain(f"shapes of `{place.path}` are {tuple(place.down.shape)}, {tuple(place.up.shape)}")
         if not (place.down.is_floating_point() and place.up.is_floating_point()):
             raise _NotPlain(f"the tensors of `{place.path}` are {place.down.dtype}, {place.up.dtype}")
-        pattern = plan.patterns[_kind(place.base)]
+        pattern = plan.patterns[place.kind]
         if place.layer is not place.base and (type(place.layer) is not type(pattern) or name in place.layer.lora_A):
             raise _NotPlain(f"`{place.path}` is a {type(place.layer).__name__}")
     for kind, path in sketch.paths.items():
@@ -323,12 +329,17 @@ def _wrapped(place: _Place, pattern: Any) -> Any:
     return layer
 
 
-def _add_entries(layer: Any, pattern: Any, name: str) -> None:
-    """Give a layer of peft's the adapter that another one has, in every container that is by adapters' names."""
-    for attribute, entries in (*vars(pattern).items(), *pattern._modules.items()):
-        if attribute != "_modules" and isinstance(entries, (dict, nn.ModuleDict)) and name in entries:
-            entry = entries[name]
-            getattr(layer, attribute)[name] = _copied(entry, {}) if isinstance(entry, nn.Module) else copy.copy(entry)
+def _entries(pattern: Any, name: str) -> list[tuple[str, Any]]:
+    """What a layer of peft's has of an adapter, in every container that is by adapters' names."""
+    everything = (*vars(pattern).items(), *pattern._modules.items())
+    containers = [each for each in everything if each[0] != "_modules" and isinstance(each[1], (dict, nn.ModuleDict))]
+    return [(attribute, container[name]) for attribute, container in containers if name in container]
+
+
+def _add_entries(layer: Any, entries: list[tuple[str, Any]], name: str) -> None:
+    """Give a layer of peft's the adapter that another one has."""
+    for attribute, entry in entries:
+        getattr(layer, attribute)[name] = _copied(entry, {}) if isinstance(entry, nn.Module) else copy.copy(entry)
 
 
 def _copied(module: nn.Module, instead: dict[int, nn.Module], device: str | None = None) -> Any:
@@ -336,7 +347,8 @@ def _copied(module: nn.Module, instead: dict[int, nn.Module], device: str | None
     if id(module) in instead:
         return instead[id(module)]
     twin = object.__new__(type(module))
-    nn.Module.__init__(twin)  # a hook on one must not be one on all
+    # What every module has, and none shares: a hook on one must not be one on all.
+    vars(twin).update({key: value.copy() if key in _CONTAINERS else value for key, value in _BARE.items()})
     for key, value in vars(module).items():
         if key not in _OF_EVERY_MODULE:
             twin.__dict__[key] = value.copy() if isinstance(value, (dict, list)) else value
@@ -355,7 +367,7 @@ def _set(linear: Any, weight: Tensor, side: str) -> None:
     before = linear._parameters["weight"]
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=before.requires_grad)
     rank = weight.shape[0 if side == "out" else 1]
-    setattr(linear, f"{side}_{'features' if isinstance(linear, nn.Linear) else 'channels'}", rank)
+    vars(linear)[f"{side}_{'features' if isinstance(linear, nn.Linear) else 'channels'}"] = rank
 
 
 def _as(base: nn.Module, tensor: Tensor) -> Tensor:
