@@ -11,8 +11,9 @@ import torch
 import sfast
 from tests.tiny import TINY, Pipeline, Tensor, Tiny
 from tests.tiny_transformers import IMAGES
+from tests.tiny_video import VIDEO
 
-KNOWN: dict[str, Tiny] = {**TINY, **IMAGES}
+KNOWN: dict[str, Tiny] = {**TINY, **IMAGES, **VIDEO}
 
 # ||compiled - eager|| / ||eager|| of pictures and latents after a few steps in fp32: the order of summation differs, and
 # kernels on a GPU may round products to TF32.
