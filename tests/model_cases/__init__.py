@@ -8,13 +8,9 @@ CASES: dict[str, Case] = {name: case for module in MODULES for name, case in mod
 
 # What is not tried, and why.
 UNCOVERED: dict[str, str] = {
-    "AutoencoderKLAllegro": "its encode works with tiles only, and those have 320 pixels",
-    "Ideogram4PromptEnhancerHead": "one linear layer of a language model",
     "RFD4ProteinaAutoencoder": "it takes some forty features of a protein",
     "RFD4ProteinaTransformer": "it takes some forty features of a protein",
-    "UniDiffuserTextDecoder": "a GPT-2 that writes captions",
     "WanAnimate2Transformer3DModel": "it runs with a cache object that it writes to, and so stays eager",
     "ControlNetXSAdapter": "its forward raises: its layers are called by `UNetControlNetXSModel`, which is tried",
     "MotionAdapter": "it has no forward: its layers are moved into `UNetMotionModel`, which is tried",
-    "CosmosControlNetModel": "its forward needs torchvision",
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
+from torch import nn
+
 from tests.every_model import Case, Size
 
 BLOCKS: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -42,6 +45,16 @@ def video(
     height, width = other_size or (size + 8, size)
     other = {"height": height, "width": width, "frames": other_frames}
     return Case(config, **{"inputs": _video, "first": first, "other": other, "timeless": True, "batch": 2, **more})
+
+
+def _allegro() -> nn.Module:
+    """It works with tiles only, whose overlap is fixed at a hundred pixels: here at a few."""
+    blocks = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    model = diffusers.AutoencoderKLAllegro(**blocks)
+    model.enable_tiling()
+    model.kernel, model.stride = (8, 16, 16), (4, 8, 8)
+    model.tile_overlap_t, model.tile_overlap_h, model.tile_overlap_w = 4, 8, 8
+    return model
 
 
 def _picture(s: Size) -> dict[str, Any]:
@@ -214,6 +227,7 @@ CASES: dict[str, Case] = {
         | {"up_block_types": ("SpatialUpBlock3D",) + 3 * ("SpatialTemporalUpBlock3D",), "spatial_group_norm": True},
         slow=True,
     ),
+    "AutoencoderKLAllegro": video({}, 8, 12, make=_allegro, batch=None),
     "AutoencoderKLMochi": video(
         {"in_channels": 15, "out_channels": 3, "latent_channels": 4, "encoder_block_out_channels": (32,) * 4}
         | {"decoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5},

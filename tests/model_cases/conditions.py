@@ -25,6 +25,15 @@ CASES: dict[str, Case] = {
         },
         timeless=True,
     ),
+    "UniDiffuserTextDecoder": Case(
+        {"prefix_length": 2, "prefix_inner_dim": 12, "prefix_hidden_dim": 8, "vocab_size": 32, "n_positions": 16}
+        | {"n_embd": 16, "n_layer": 1, "n_head": 2, "use_cache": False},
+        lambda s: {"input_ids": s.ints(32, s.batch, s.tokens), "prefix_embeds": s.noise(s.batch, 2, 12)},
+        timeless=True,
+    ),
+    "Ideogram4PromptEnhancerHead": Case(
+        {"hidden_size": 16, "vocab_size": 32}, lambda s: {"hidden_states": s.noise(s.batch, s.tokens, 16)}, timeless=True
+    ),
     "ReduxImageEncoder": Case(
         {"redux_dim": 8, "txt_in_features": 16}, lambda s: {"x": s.noise(s.batch, s.tokens, 8)}, timeless=True
     ),

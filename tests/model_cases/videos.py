@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
+import diffusers
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from tests.every_model import Case, Size
 
@@ -56,6 +61,30 @@ def _history(s: Size) -> dict[str, Any]:
 
 def _cosmos(s: Size) -> dict[str, Any]:
     return {"padding_mask": torch.zeros(1, 1, *s.image), "fps": 30}
+
+
+def _cosmos_control() -> nn.Module:
+    """It resizes a mask with torchvision, which does just this; where that is missing, so do we."""
+    file = sys.modules[diffusers.CosmosControlNetModel.__module__]
+    if not hasattr(file, "transforms"):
+        resize = types.SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size, mode=interpolation))
+        modes = types.SimpleNamespace(NEAREST="nearest")
+        file.transforms = types.SimpleNamespace(functional=resize, InterpolationMode=modes)  # type: ignore[attr-defined]
+    return diffusers.CosmosControlNetModel(
+        **COSMOS, n_controlnet_blocks=1, in_channels=7, latent_channels=6, model_channels=24, num_attention_heads=2,
+        text_embed_dim=16, encoder_hidden_states_channels=16,
+    )  # fmt: skip
+
+
+def _controlled(s: Size) -> dict[str, Any]:
+    return {
+        "controls_latents": s.noise(s.batch, 5, *s.video),
+        "latents": s.noise(s.batch, 4, *s.video),
+        "encoder_hidden_states": s.noise(s.batch, s.tokens, 16),
+        "condition_mask": s.noise(s.batch, 1, *s.video),
+        "padding_mask": torch.zeros(1, 1, 8 * s.height, 8 * s.width),
+        "conditioning_scale": 0.7,
+    }
 
 
 def _joint(s: Size) -> dict[str, Any]:
@@ -180,6 +209,7 @@ CASES: dict[str, Case] = {
         {**COSMOS, "concat_padding_mask": False, "extra_pos_embed_type": "learnable"},  # with it, it needs torchvision
         lambda s: {"attention_mask": s.mask(), "fps": 30},
     ),
+    "CosmosControlNetModel": Case(inputs=_controlled, make=_cosmos_control),
     "HunyuanVideoTransformer3DModel": Case(
         {**HUNYUAN, "guidance_embeds": True, "image_condition_type": None}, also=("guidance",)
     ),
