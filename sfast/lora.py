@@ -12,19 +12,21 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sfast.collection import without_collection
-from sfast.fallback import logger, reason
+from sfast.fallback import let_through, logger, reason
 from sfast.merged import is_adapted
 from sfast.undo import Undo, modules_of
 
 _NAME_OF_FILE = re.compile(r"file_\w*_[0-9a-f]{12}")  # of adapters that `swap_lora` has loaded
+_IN_BLOCKS = ("UNet2DConditionModel", "UNetMotionModel")  # diffusers gives their blocks strengths of their own
 _KINDS_OF_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Where a caller of diffusers' denoisers says how strong all adapters shall be, as `scale`.
 SCALED_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -46,14 +48,14 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
     Raises:
         TypeError: `pipe` cannot load LoRAs, or a strength is no number.
         ValueError: a key is neither a loaded adapter nor a file, a file is none or does not fit, a strength is not
-            finite, or adapters are fused into the weights.
+            finite or for a part or block that is not there, or adapters are fused into the weights.
         After an error, also after Ctrl-C, everything that was loaded and active is as before.
     """
     if not callable(getattr(pipe, "load_lora_weights", None)) or not callable(getattr(pipe, "set_adapters", None)):
         raise TypeError(f"`pipe` must be a diffusers pipeline that can load LoRAs, got {type(pipe).__name__}.")
     if not isinstance(adapters, Mapping):
         raise TypeError(f"`adapters` must map names or files to strengths, got {type(adapters).__name__}.")
-    strengths = [_checked(adapter, strength) for adapter, strength in adapters.items()]
+    strengths = [_checked(pipe, adapter, strength) for adapter, strength in adapters.items()]
     loaded = _loaded(pipe)
     names = [_name_of(adapter, loaded, options) for adapter in adapters]
     if len(set(names)) < len(names):
@@ -74,19 +76,55 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
             raise
 
 
-def _checked(adapter: Any, strength: Any) -> Any:
-    if isinstance(strength, dict):
-        pending = list(strength.values())
-        for each in pending:  # of parts, of blocks, of layers
-            pending += [*each.values()] if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else []
-            if isinstance(each, float) and not math.isfinite(each):
-                raise ValueError(f"the strengths of `{adapter}` must be finite, got {strength}.")
-        return strength
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise TypeError(f"the strength of `{adapter}` must be a number or a dictionary, got {strength!r}.")
-    if not math.isfinite(strength):
-        raise ValueError(f"the strength of `{adapter}` must be finite, got {strength}.")
-    return float(strength)
+def _checked(pipe: Any, adapter: Any, strength: Any) -> Any:
+    """A strength as diffusers takes it; what it would misunderstand, or not mention, is refused."""
+    what = f"the strength of `{adapter}`"
+    if not isinstance(strength, dict):
+        return _number(what, strength, " or a dictionary")
+    names = getattr(pipe, "_lora_loadable_modules", ())
+    parts = {name: part for name in names if isinstance(part := getattr(pipe, name, None), torch.nn.Module)}
+    _check_names(what, strength, parts)
+    return {name: _of_part(f"{what} in `{name}`", parts[name], value) for name, value in strength.items()}
+
+
+def _of_part(what: str, part: torch.nn.Module, strength: Any) -> Any:
+    if not isinstance(strength, dict):
+        return _number(what, strength, " or a dictionary")
+    if type(part).__name__ not in _IN_BLOCKS:
+        raise TypeError(f"{what} must be a number: a {type(part).__name__} has no blocks of different strengths.")
+    _check_names(what, strength, ("down", "mid", "up"))
+    checked: dict[str, Any] = {}
+    for side, value in strength.items():
+        blocks: Any = getattr(part, f"{side}_blocks", ())
+        counts = {f"block_{i}": len(block.attentions) for i, block in enumerate(blocks) if hasattr(block, "attentions")}
+        here = f"{what}, `{side}`"
+        if isinstance(value, dict) and side != "mid":
+            _check_names(here, value, counts)
+            checked[side] = {name: _of_block(f"{here}, `{name}`", counts[name], each) for name, each in value.items()}
+        else:
+            checked[side] = _of_block(here, max(counts.values(), default=1), value)
+    return checked
+
+
+def _of_block(what: str, count: int, strength: Any) -> Any:
+    if not isinstance(strength, list):
+        return _number(what, strength, " or a list")
+    if len(strength) not in (1, count):
+        raise ValueError(f"{what} must have as many numbers as the block has transformers, {count}, got {strength}.")
+    return [_number(what, each, "") for each in strength]
+
+
+def _number(what: str, value: Any, more: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what} must be a number{more}, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be finite, got {value}.")
+    return float(value)
+
+
+def _check_names(what: str, given: Mapping[Any, Any], known: Iterable[str]) -> None:
+    if unknown := [name for name in given if name not in set(known)]:
+        raise ValueError(f"{what} has {unknown[0]!r}, which is not there; there are: {', '.join(known) or 'none'}.")
 
 
 def _loaded(pipe: Any) -> list[str]:
@@ -132,6 +170,7 @@ def _load(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                let_through(error)
                 raise ValueError(f"`{adapter}` cannot be loaded, nothing has changed: {reason(error)}") from error
             if name not in _loaded(pipe):
                 raise ValueError(f"`{adapter}` has nothing for any part of this {type(pipe).__name__}.")
@@ -164,7 +203,11 @@ def _layers(pipe: Any) -> list[Any]:
 def _activate(pipe: Any, names: list[str], strengths: list[Any]) -> None:
     layers = _layers(pipe)
     if names:
-        pipe.set_adapters(names, strengths)
+        try:
+            pipe.set_adapters(names, strengths)
+        except Exception as error:
+            let_through(error)
+            raise ValueError(f"these strengths cannot be set, nothing has changed: {reason(error)}") from error
         if any([layer.disable_adapters for layer in layers]):
             pipe.enable_lora()
     else:
