@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sfast.fallback import is_out_of_memory, logger, note, timed
+from sfast.host import Brought
 from sfast.kernels.precompile import rehearse
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -77,6 +78,7 @@ class GraphRunner:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []  # what the graph writes to outside of the pool; it goes with the graph
+        self.brought = Brought()  # what the graph reads that was made on the host
         self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
@@ -90,10 +92,12 @@ class GraphRunner:
         self.graph = None
         self.inputs, self.outputs, self.driver_bytes = [], [], 0
         self.kept.clear()
+        self.brought.tensors.clear()
 
     def memory(self) -> int:
         """Bytes outside of the pool."""
-        return self.driver_bytes + sum(tensor.untyped_storage().nbytes() for tensor in (*self.inputs, *self.kept))
+        tensors = (*self.inputs, *self.kept, *self.brought.tensors)
+        return self.driver_bytes + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class GraphPool:
@@ -184,8 +188,8 @@ class GraphPool:
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
                 # Compiles kernels, chooses plans, allocates workspaces of this stream.
-                if not rehearse(lambda: function(runner.inputs), self.device):
-                    function(runner.inputs)
+                if not rehearse(lambda: runner.brought.warm_up(function, runner.inputs), self.device):
+                    runner.brought.warm_up(function, runner.inputs)
             torch.cuda.synchronize(self.device)
             if lean:
                 torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
@@ -193,7 +197,7 @@ class GraphPool:
             with _no_garbage_collection(), timed("  capturing"):
                 graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
                 try:
-                    runner.outputs = function(runner.inputs)
+                    runner.outputs = runner.brought.capture(function, runner.inputs)
                     graph.capture_end()  # raises where an operator has spoilt the capture and caught its own error
                 except BaseException:
                     self._abandon(graph)

@@ -167,7 +167,7 @@ class ModuleState:
     @property
     def device(self) -> torch.device:
         """Where the weights are; a module without any runs on the CPU."""
-        return self.own[0].device if self.own else torch.device("cpu")
+        return self._weight.device if self._weight is not None else torch.device("cpu")
 
     def why_eager(self, tensors: list[torch.Tensor]) -> str | None:
         """Why a call with these tensors cannot run compiled as the module is, or None."""
@@ -209,13 +209,18 @@ class ModuleState:
 
     def _take_weights(self) -> None:
         before, self.weights = self.weights, self.adapters.read_by_graphs(self.own)
+        # Tables among the attributes of a module may stay on the host, or come over with the first call.
+        self._weight = next((t for t in self.own if isinstance(t, torch.nn.Parameter)), (self.own or [None])[0])
+        self._on_host = [t for t in self.weights if t.is_cpu and t.device != self.device and not t.is_inference()]
         self.exchanges += list(map(id, before)) != list(map(id, self.weights))
         self.pointers = self._addresses()
 
     def _addresses(self) -> tuple[int, ...]:
         # A quantized weight is a wrapper: only what is in it has an address.
         inner = chain.from_iterable(map(_inner_addresses, self._wrappers))
-        return (*map(torch.Tensor.data_ptr, self.weights), *inner)
+        # A captured graph reads what it once brought over from the host: other values there are another address.
+        brought = [tensor._version for tensor in self._on_host]
+        return (*map(torch.Tensor.data_ptr, self.weights), *inner, *brought)
 
     def _name_setting(self, tree: Tree, name: int | None = None) -> None:
         self._attributes = self._name_of(self._setting(tree), name)

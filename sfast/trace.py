@@ -22,6 +22,7 @@ from sfast import hoist, rewrite
 from sfast.containers import Changes, Contents
 from sfast.decisions import Guard, Sizes
 from sfast.fallback import keeping_exceptions
+from sfast.host import bring_over
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.numbers import Recording
 from sfast.reads import Reads
@@ -192,6 +193,7 @@ def trace(
         sizes = _sizes(_only(graph, by_sizes, of_sizes=True), reads, len(weights)) if by_sizes else None
         for place in reversed((*by_values, *by_sizes)):
             graph.eraseOutput(place)
+        bring_over(graph, len(weights))
         fired = rewrite.rewrite(graph, fusions)
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
