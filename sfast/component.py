@@ -7,14 +7,13 @@ wrong on that way ends in the eager forward, with one line that says why. One ca
 from __future__ import annotations
 
 import functools
-import threading
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 
-from sfast import fallback, launch, verify
+from sfast import fallback, instead, launch, verify
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import make_room
 from sfast.decisions import Decisions
@@ -30,6 +29,7 @@ from sfast.prepare import prepare
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten
 from sfast.trace import Trace, is_tracing
+from sfast.turns import turn_of
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Component(StandIn):
         self.numbers = Numbers()
         self.placement = Placement()
         self.rest = Rest()
-        self.lock = threading.RLock()
+        self.lock = turn_of(module)
         self._active = True
         functools.update_wrapper(self, getattr(module, self._place), updated=())
 
@@ -82,6 +82,8 @@ class Component(StandIn):
     def install(self) -> None:
         """Take the place of the module's forward."""
         self.module.__dict__[self._place] = self
+        if instead.is_free(self.module, "_apply"):
+            instead.put(self.module, "_apply", self._move)
         stay_out_of_copies(self.module)
 
     def remove(self) -> None:
@@ -95,11 +97,19 @@ class Component(StandIn):
                 del self.module.__dict__[place]
             else:
                 self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
+        instead.take_back(self.module, "_apply")
         go_into_copies(self.module)
         with self.lock:
             self._forget()
             self.state.take_adapters_out()
             self.placement.undo()
+
+    def _move(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`module.to(...)` and the like: memory that the weights have left is not kept until the next call."""
+        result = method(*args, **kwargs)
+        with self.lock:
+            self.state.let_go()
+        return result
 
     # --------------------------------------------------------------------------------------------------------- calling
 

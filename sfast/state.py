@@ -94,6 +94,11 @@ class ModuleState:
         self.adapters.take_out()
         self._take_weights()
 
+    def let_go(self) -> None:
+        """The module's weights may have moved: hold on to no memory that nobody will read again."""
+        if self.adapters.let_go():
+            self.weights = self.adapters.read_by_graphs(self.own)  # where they are is noticed at the next call
+
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """For a while, graphs read the module's own weights, and these may be moved."""

@@ -1,6 +1,7 @@
 """What becomes of weights while adapters are merged into them; diffusers' calls are in test_lora.py."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -244,3 +245,132 @@ def test_another_of_the_weights_that_lie_together_is_adapted() -> None:
         adapt(module, ["to_k", "to_v"], name="two")
     assert_equal(compiled, eager)
     assert component_of(compiled).state.pointers == places
+
+
+@pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to(torch.bfloat16)], ids=["double", "to"])
+def test_memory_that_the_weights_have_left_is_not_kept_until_the_next_call(move):
+    compiled, eager = pair()
+    for module in (compiled, eager):
+        adapt(module, ["to_q", "out"])
+    assert_equal(compiled, eager)
+    state = component_of(compiled).state
+    own = set(map(id, state.own))
+    sums = [weakref.ref(tensor) for tensor in state.weights if id(tensor) not in own]
+    assert len(sums) == 2
+    compiled.float()  # moves nothing
+    assert all(ref() is not None for ref in sums)
+    for module in (compiled, eager):
+        move(module)
+    assert all(ref() is None for ref in sums)
+    x = inputs().to(compiled.out.base_layer.weight.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x), rtol=2e-2, atol=2e-2)
+    for module in (compiled, eager):
+        module.float()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(inputs()), eager(inputs()), rtol=1e-5, atol=1e-5)
+    assert not component_of(compiled).fallbacks
+
+
+@pytest.mark.gpu
+def test_a_pipeline_that_leaves_the_gpu_leaves_no_sums_there():
+    compiled = sfast.compile(adapt(finished(Large()), ["a"]).cuda(), sfast.CompilationConfig(enable_cuda_graph=False))
+    x = torch.randn(8, 1024, device="cuda")
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        compiled(x)
+    assert torch.cuda.memory_allocated() >= before + 4 * 1024 * 1024  # the sum
+    compiled.to("cpu")
+    assert torch.cuda.memory_allocated() < before
+
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(1024, 1024)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def test_what_an_adapter_scales_of_another_ones_bias_runs_eager(caplog):
+    """peft's forward lets DoRA scale what earlier adapters have added, its `merge` does not scale their biases."""
+    compiled, eager = pair()
+    assert_equal(compiled, eager)
+    for module in (compiled, eager):
+        adapt(module, ["out"], name="bias", lora_bias=True)
+        torch.nn.init.normal_(module.out.lora_B["bias"].bias, generator=torch.Generator().manual_seed(0))
+        adapt(module, ["out"], name="dora", use_dora=True)
+        module.out.lora_magnitude_vector["dora"].weight.data.mul_(1.5)
+        module.out.set_adapter(["bias", "dora"])
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs()), eager(inputs()), rtol=1e-5, atol=1e-5)
+    assert sum("`out` scales the bias of another one" in line for line in caplog.messages) == 1
+    for names in (["dora", "bias"], ["bias"], ["dora"]):
+        for module in (compiled, eager):
+            module.out.set_adapter(names)
+        assert_equal(compiled, eager)
+    assert len(component_of(compiled).fallbacks) == 1
+
+
+@torch.no_grad()
+def test_a_merge_that_failed_is_remembered_until_something_changes(monkeypatch):
+    compiled, eager = pair()
+    assert_equal(compiled, eager)
+    tried = []
+
+    def fail(*arguments):
+        tried.append(arguments)
+        raise RuntimeError("no kernel for that")
+
+    for module in (compiled, eager):
+        adapt(module, ["to_q", "out"])
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in compiled.named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr(merged, "_add_products", fail)
+        for _ in range(3):
+            assert_equal(compiled, eager)
+        assert len(tried) == 1
+        assert all(
+            weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
+            for name, weight in compiled.named_parameters()
+        )
+        for count, change in enumerate((lambda layer: layer.set_scale("one", 0.3), lambda layer: layer.scale_layer(2))):
+            for module in (compiled, eager):
+                change(module.to_q)
+            for _ in range(2):
+                assert_equal(compiled, eager)
+            assert len(tried) == 2 + count
+        for module in (compiled, eager):
+            with torch.no_grad():
+                module.to_q.base_layer.weight.mul_(2)
+        assert_equal(compiled, eager)
+        assert len(tried) == 4
+    assert component_of(compiled).state.why_eager([]) is not None
+    for module in (compiled, eager):
+        module.to_q.set_scale("one", 0.5)
+    assert_equal(compiled, eager)
+    assert component_of(compiled).state.why_eager([]) is None
+
+
+@torch.no_grad()
+def test_a_merge_that_lacked_memory_is_tried_again(monkeypatch):
+    compiled, eager = pair()
+    for module in (compiled, eager):
+        adapt(module, ["to_q", "out"])
+    add, tried = merged._add_products, []
+
+    def short(*arguments):
+        tried.append(arguments)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        add(*arguments)
+
+    monkeypatch.setattr(merged, "_add_products", short)
+    for _ in range(20):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs()), eager(inputs()), rtol=1e-5, atol=1e-5)
+    assert len(tried) == 4  # twice in vain, then both layers
+    assert component_of(compiled).state.why_eager([]) is None
+    assert [note for note in component_of(compiled).fallbacks if "no memory for merging" in note]
