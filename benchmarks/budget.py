@@ -19,10 +19,10 @@ KERNEL_CLASSES: tuple[tuple[str, str], ...] = (
     ("memset", r"memset"),
     ("memcpy", r"memcpy"),
     ("fused by inductor", r"^triton_(poi|red|per|for)"),
-    ("attention", r"flash|fmha|attention|sdpa|mha_|^few_keys|^exponentials"),
+    ("attention", r"flash|fmha|attention|sdpa|mha_|^few_keys|^exponentials|^_(sum_matrices|multiply_queries)"),
     ("our products and convolutions", r"multiply_tiles"),  # one kernel for both; its name does not say which
     ("layout change", r"nchwtonhwc|nhwctonchw|tensor_?transpose|nchw_to_nhwc|nhwc_to_nchw"),
-    ("convolution", r"conv|^_few_|fprop|winograd|implicit_gemm|wgrad|dgrad"),
+    ("convolution", r"conv|^_few_|^_depthwise_|fprop|winograd|implicit_gemm|wgrad|dgrad"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|triton_tem|_mm_|_mm\d*$|gemv"),
     ("group norm", r"group_?norm|rowwisemoments|computefusedparams|^(moments|apply|merge|whole_group)$"),
     ("layer norm", r"layer_?norm|rms_?norm|^(_turn_rows|modulate_rows|rotate_heads)$"),

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfast.kernels import geglu, linear_cat, modulate, modulate_sums, rms_norm, rotary
+from sfast.kernels import (
+    conv2d_depthwise,
+    geglu,
+    linear_attention,
+    linear_cat,
+    modulate,
+    modulate_sums,
+    rms_norm,
+    rotary,
+)
 
 
 class Case(NamedTuple):
@@ -39,6 +48,7 @@ def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
     def image() -> tuple:
         return randn(2, 11200, 32, 32), 1
 
+    yield from sana_cases(randn)
     yield Case("silu_gate", "2x11200x32x32", ops.silu_gate, geglu.silu_gate_reference, image, 3 * 11200 * 32 * 32, 0)
     for T, A, B, D in [(4608, 3072, 12288, 3072), (1536, 3072, 12288, 3072)]:
 
@@ -48,6 +58,27 @@ def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         moved, flops = T * (A + B + D) + D * (A + B), 2 * T * (A + B) * D
         reference = linear_cat.linear_cat_reference
         yield Case("linear_cat", f"{T}x{A}+{B}->{D}", ops.linear_cat, reference, pair, moved, flops)
+
+
+def sana_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """A depthwise convolution with its gate, and attention without a softmax."""
+    ops, (N, C, H) = torch.ops.sfast, (2, 11200, 32)
+
+    def image() -> tuple:
+        x = randn(N, C, H, H).to(memory_format=torch.channels_last)
+        return x, randn(C, 1, 3, 3, std=1 / 3), randn(C), [1, 1], [1, 1], [1, 1], C
+
+    reference = conv2d_depthwise.conv2d_silu_gate_reference
+    yield Case(
+        "conv2d_silu_gate", f"{N}x{C}x{H}x{H}", ops.conv2d_silu_gate, reference, image, 3 * N * C * H * H // 2, 0
+    )
+    for B, T, heads, D in [(2, 1024, 70, 32), (2, 4096, 70, 32)]:
+
+        def merged(B: int = B, T: int = T, heads: int = heads, D: int = D) -> tuple:
+            return *randn(B, T, 3 * heads * D).chunk(3, -1), [heads, -1], 1e-15
+
+        attention, moved = linear_attention.linear_attention_reference, 4 * B * T * heads * D
+        yield Case("linear_attention", f"{B}x{T}x{heads}x{D}", ops.linear_attention, attention, merged, moved, 0)
 
 
 def row_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:

@@ -15,6 +15,7 @@ V = torch.randn(2, 3, 8)
 SHIFT = torch.randn(2, 8)
 GW, GB = torch.randn(8), torch.randn(8)
 CW, CB, R = torch.randn(8, 8, 3, 3), torch.randn(8), torch.randn(2, 8, 6, 5)
+DW = torch.randn(8, 1, 3, 3)
 LW, LB = torch.randn(12, 8), torch.randn(12)
 Q = torch.randn(2, 3, 5, 4)
 X5, C3 = torch.randn(2, 8, 3, 6, 5), torch.randn(8, 8, 3, 1, 1)  # a video, and a filter over its frames
@@ -24,6 +25,11 @@ PICTURES, PLACES, EACH = torch.randn(6, 5, 8), torch.randn(10, 3, 8), torch.rand
 def geglu(x: Tensor, approximate: str = "none", dim: int = -1, parts: int = 2) -> Tensor:
     h, gate = F.linear(x, LW, LB).chunk(parts, dim)[:2]
     return h * F.gelu(gate, approximate=approximate)
+
+
+def _gated(x: Tensor) -> Tensor:
+    h, gate = x.chunk(2, 1)
+    return h * F.silu(gate)
 
 
 HEADS, JOINED, ONE_KEY = torch.randn(12, 8), torch.randn(8, 12), torch.randn(2, 3, 1, 4)  # three heads
@@ -231,6 +237,12 @@ CASES = [
         twice(lambda x, r, s: (x + r) + s, lambda m: _normalized(_by_place(m))),
         lambda x, r, s: _normalized(_by_place(torch.add(x, r, alpha=2) + s)),
         (PICTURES, PICTURES + 1, EACH.expand(6, 1, 8)),
+    ),
+    Case(
+        "conv2d_silu_gate",
+        lambda x: _gated(F.conv2d(x, DW, CB, padding=1, groups=8)),
+        twice(lambda x: F.conv2d(x, DW, CB, padding=1, groups=8), _gated),
+        lambda x: _gated(F.conv2d(x, CW, CB, padding=1)),  # one group
     ),
     Case(
         "attention",

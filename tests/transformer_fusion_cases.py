@@ -79,7 +79,26 @@ def _gated_by(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) 
     return _modulated_by(total, shift, scale), total
 
 
+Q16 = torch.randn(2, 5, 12).half()
+
+
+def _linear_attention(x: Tensor, pad: float = 1) -> tuple[Tensor, Tensor]:
+    heads, keys, values = ((x + n).transpose(1, 2).unflatten(1, (3, -1)) for n in range(3))
+    keys = keys.transpose(2, 3)
+    values = F.pad(values.float(), (0, 0, 0, 1), value=pad)
+    scores = values @ F.relu(keys).float()
+    sums = scores @ F.relu(heads).float()
+    return (sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)).flatten(1, 2).transpose(1, 2).to(x.dtype), scores
+
+
 TRANSFORMER_CASES = [
+    Case(
+        "linear_attention",
+        lambda x: _linear_attention(x)[0],
+        _linear_attention,
+        lambda x: _linear_attention(x, pad=2)[0],
+        (Q16,),
+    ),
     Case(
         "rms_norm",
         lambda x: F.rms_norm(x, [8], GW, 1e-6),

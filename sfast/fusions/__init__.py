@@ -16,6 +16,7 @@ from sfast.fusions.conv2d import (
     CONV2D_BIAS,
     CONV2D_RELU,
     CONV2D_SILU,
+    CONV2D_SILU_GATE,
     PAD_CONV2D,
 )
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM, GROUP_NORM_SILU
@@ -30,6 +31,7 @@ from sfast.fusions.linear import (
     LINEAR_SILU,
     SILU_GATE,
 )
+from sfast.fusions.linear_attention import LINEAR_ATTENTION
 from sfast.fusions.modulate import (
     ADD_LAYER_NORM_MODULATE,
     GATE_ADD,
@@ -84,6 +86,7 @@ FUSIONS: list[Fusion] = [
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone
     LINEAR_GELU,
     LINEAR_SILU,
+    CONV2D_SILU_GATE,  # before SILU_GATE, which would leave the convolution
     SILU_GATE,
     ADD_GROUP_NORM_SILU,  # before GROUP_NORM_SILU, which would leave the addition
     GROUP_NORM_SILU,  # before GROUP_NORM, which would leave the SiLU
@@ -115,6 +118,7 @@ FUSIONS: list[Fusion] = [
     CAT_CHANNELS,
     CAT_TOKENS,  # after CAT_CHANNELS, which knows images
     ATTENTION,
+    *LINEAR_ATTENTION,
 ]
 
 

@@ -2,7 +2,8 @@
 
 Each elementwise operator after a convolution reads and writes the whole output again: 1.2 to 1.5 ms of an SDXL step on an
 H200. cuDNN's graph API does them in the epilogue (`sfast_native.conv2d`); without the native library the reference runs.
-Where there are too few channels for it, `conv2d_few` has kernels of its own.
+Where there are too few channels for it, `conv2d_few` has kernels of its own. Convolutions of groups are measured: cuDNN's
+engines for them are between the fastest and twenty times slower than PyTorch's choice, and than `conv2d_depthwise`'s kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfast.kernels import conv2d_few, nearby
+from sfast.kernels import choice, conv2d_depthwise, conv2d_few, nearby
 from sfast.kernels.native_ops import native_conv2d_takes
 from sfast.kernels.op import define
 
@@ -117,17 +118,31 @@ def _define_conv2d(name: str, reference: Callable[..., Tensor], activation: str)
     residual_argument = "Tensor residual, " if adds else ""
 
     def supports(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> bool:
-        residual, geometry = (rest[0], rest[1:]) if adds else (None, rest)
-        if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *geometry):
+        if name == "conv2d_bias" and any(each.takes(x, weight, bias, *rest) for each in (conv2d_few, conv2d_depthwise)):
             return True
+        return native_takes(x, weight, bias, *rest)
+
+    def native_takes(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> bool:
+        residual, geometry = (rest[0], rest[1:]) if adds else (None, rest)
         if not native_conv2d_takes(x, weight, bias, residual):
             return False
         return residual is None or list(residual.shape) == _output_shape(x, weight, *geometry[:3])
 
     def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *rest):
+            return torch.ops.sfast.conv2d_few(x, weight, bias, *rest)
+        if rest[-1] == 1:
+            return native(x, weight, bias, *rest)
+        ways: dict[str, choice.Way] = {"PyTorch's": reference}  # of groups
+        if native_takes(x, weight, bias, *rest):
+            ways["native"] = native
+        if name == "conv2d_bias" and conv2d_depthwise.takes(x, weight, bias, *rest):
+            ways["depthwise"] = conv2d_depthwise.convolve
+        question, layer = conv2d_depthwise.ask(name, x, weight, bias, *rest[-4:])
+        return choice.fastest(question, ways, x, weight, bias, *rest, layer=layer)
+
+    def native(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         residual, geometry = (rest[0], rest[1:]) if adds else (None, rest)
-        if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *geometry):
-            return torch.ops.sfast.conv2d_few(x, weight, bias, *geometry)
         return nearby.conv2d(x, weight, bias, residual, *geometry, activation)
 
     define(
