@@ -18,6 +18,7 @@ from sfast.decisions import Untraceable
 from sfast.kernels import nearby
 from sfast.loop import Watch
 from sfast.numbers import CHECKS, Pinned
+from sfast.overwritten import ReadFirst, unreadable
 from sfast.plan import EAGER, Call, EagerCall, Plan
 from sfast.state import CHANGES_ITSELF
 from sfast.structure import describe_shapes
@@ -52,12 +53,17 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
         check = _check(component, call)
     if check is not None and check.refused is not None:
         return _give_up(component, call, call.key, check.refused, check)
+    if check is not None and check.disturbed():
+        return _try_again(component, check)
 
     failure = f"there are {MAX_TRACES} traces already, none of them for these values of its arguments"
     for candidate, last_resort in _candidates(component, call):
         try:
-            traced = _on_trial(component, candidate)
-            if traced is None:
+            traced, changed = _on_trial(component, candidate, check is not None)
+            if changed and check is None:
+                return prepare(component, call, _check(component, call))  # eager fills caches, where it is no more
+            if changed:
+                component.state.is_restless()
                 return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
             if isinstance(traced, Trace) and traced.guard is not None:
                 component.decisions.learn(call.signature, traced.guard)
@@ -78,6 +84,9 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             assert call.given is not None
             component.numbers.pin(call.given, pinned.places)
             return _without_numbers(component, call, check)
+        except ReadFirst:
+            component.state.is_restless()
+            return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
         except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
             component.decide(call)
             return _give_up(component, call, call.signature, str(exception), check)
@@ -107,12 +116,16 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
         failure = error
         launch.drop(plan)
     if check is not None and check.disturbed():
-        fallback.logger.debug("%s: others have changed it meanwhile: the next call is tried anew", component.name)
-        return check.give_back()
+        return _try_again(component, check)
     if call.given is not None:
         component.numbers.pin(call.given)
         return _without_numbers(component, call, check)
     return _give_up(component, call, call.key, f"at {describe_shapes(call.tensors)}: {failure}", check)
+
+
+def _try_again(component: Component, check: verify.Check) -> Any:
+    fallback.logger.debug("%s: others have changed it meanwhile: the next call is tried anew", component.name)
+    return check.give_back()
 
 
 def _check(component: Component, call: Call) -> verify.Check:
@@ -136,7 +149,7 @@ def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check |
             fallback.let_through(exception)
             error = fallback.reason(exception)
         if check.disturbed():
-            return check.give_back()
+            return _try_again(component, check)
         if error is None:
             call.given.variant.checks += 1
             component.numbers.keep(call.exact, call.given)
@@ -152,19 +165,24 @@ def _without_numbers(component: Component, call: Call, check: verify.Check | Non
     return prepare(component, call, check)
 
 
-def _on_trial(component: Component, candidate: Callable[[], T]) -> T | None:
-    """A candidate; None if the module's forward changes again what it has changed before.
+def _on_trial(component: Component, candidate: Callable[[], T], checked: bool) -> tuple[T, bool]:
+    """A candidate, and whether the module's forward changes what it may read at the next call.
 
     Tracing runs the module's Python once more than the caller did, and nobody shall see that.
     """
-    with component.state.trial() as trial:
+    state = component.state
+    with state.trial() as trial:
         try:
-            made = candidate()
+            with unreadable(state.overwritten):
+                made = candidate()
         finally:
-            changes = component.state.changes_itself(trial)
+            changes = state.changes_itself(trial) if checked else state.is_changed()
             trial.undo()
-            component.state.refresh()
-    return None if changes else made
+            state.refresh()
+    if changes and state.overwrite():
+        with contextlib.suppress(ReadFirst):
+            return _on_trial(component, candidate, checked)
+    return made, changes
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from sfast.collection import without_collection
 from sfast.cuda_graph import follow_replays
 from sfast.fallback import is_out_of_memory, let_through, reason
 from sfast.merged import CannotMerge
+from sfast.overwritten import Place, places_of
 from sfast.tree import Tree, exchanged, is_foreign, read
 from sfast.trial import Trial
 
@@ -49,6 +50,7 @@ class ModuleState:
         self.scale = 1.0  # of all adapters: an argument of the call
         self.picture = 0
         self._cannot_merge: str | None = None
+        self.overwritten: list[Place] = []  # attributes that the forward assigns before it reads them
         self._unrest = 0  # how often the forward itself made a new version, or others changed what it read
         self._restless: Hashable = None  # the code that changes what it reads at every call
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
@@ -148,10 +150,22 @@ class ModuleState:
             return False
         before = self._tree
         self.refresh_after(trial)
-        if self._own.isdisjoint(exchanged(before, self._tree)):
-            return False
+        return not self._own.isdisjoint(exchanged(before, self._tree))
+
+    def is_changed(self) -> bool:
+        """Whether something was exchanged since the last look."""
+        return not self._tree.same()
+
+    def overwrite(self) -> bool:
+        """Take it from now on that the forward reads nothing that it has changed before; False if others may read it."""
+        places = places_of(self._own, self._tree)
+        before, self.overwritten = self.overwritten, places or []
+        return len(self.overwritten) > len(before)
+
+    def is_restless(self) -> None:
+        """The forward changes itself, and that matters: leave it alone, as long as it is the same."""
+        self.overwritten = []
         self._restless = self._layout_of_code(self._tree)
-        return True
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes."""
