@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from sfast.placement import Placement
 from sfast.plan import EAGER, Ahead, Call, EagerCall, Plan, RandomOffset, Rest
 from sfast.prepare import prepare
 from sfast.state import ModuleState
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten, layout
 from sfast.trace import Trace, is_tracing
 from sfast.turns import turn_of
 
@@ -64,6 +65,7 @@ class Component(StandIn):
         self.numbers = Numbers()
         self.placement = Placement()
         self.rest = Rest()
+        self.doubts: Counter[str] = Counter()  # what spoke against compiling it, unless others have done that
         self.lock = turn_of(module)
         self._active = True
         functools.update_wrapper(self, getattr(module, self._place), updated=())
@@ -181,7 +183,7 @@ class Component(StandIn):
             tensors = [tensor if tensor.is_cuda else launch.over(tensor, device) for tensor in tensors]
         kinds = tuple([(tensor.dtype, tensor.device, tensor.dim()) for tensor in tensors])
         exact = structure, kinds, self.state.key(), _autocast(device.type)
-        shapes = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+        shapes = tuple([(tensor.shape, layout(tensor)) for tensor in tensors])
         call = Call(args, kwargs, structure, tensors, exact, shapes, exact)
         self.give(call, self.numbers.known(exact))
         return call

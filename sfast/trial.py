@@ -38,10 +38,10 @@ class Trial:
         self._thread = threading.get_ident()
         self._mine: set[tuple[int, str]] = set()
         self._others: set[tuple[int, str]] = set()
-        self._alone = True
+        self.alone = True
 
     def __enter__(self) -> Trial:
-        self._alone = _is_alone()
+        self.alone = _is_alone()
         global _assign
         with _lock:
             if not _running:
@@ -55,7 +55,7 @@ class Trial:
             _running.discard(self)
             if not _running:
                 torch.nn.Module.__setattr__ = _assign
-        self._alone = self._alone and _is_alone()
+        self.alone = self.alone and _is_alone()
 
     def saw(self, module: torch.nn.Module, name: str) -> None:
         """Somebody assigns to an attribute."""
@@ -67,13 +67,13 @@ class Trial:
         mine, others = ([f"{self._names[m]}.{name}" for m, name in some] for some in (self._mine, self._others))
         if any(_is_at(path, place) for place in others):
             return False
-        return self._alone or not existed or any(_is_at(path, place) for place in mine)
+        return self.alone or not existed or any(_is_at(path, place) for place in mine)
 
     def undo(self) -> None:
         """Take back what the forward has assigned, or put into lists and dictionaries."""
         for owner, place, before in self._before:
             if isinstance(place, list):
-                if len(place) != len(before) or (self._alone and any(map(operator.is_not, place, before))):
+                if len(place) != len(before) or (self.alone and any(map(operator.is_not, place, before))):
                     place[:] = before
             elif isinstance(place, set):
                 place.intersection_update(before)
@@ -91,7 +91,7 @@ class Trial:
     def _takes_back(self, owner: int, name: Any, existed: bool) -> bool:
         if (owner, name) in self._others:
             return False
-        return self._alone or (owner, name) in self._mine or (not owner and not existed)
+        return self.alone or (owner, name) in self._mine or (not owner and not existed)
 
 
 def _copy(place: Any) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Largest ||compiled - eager|| / ||eager|| that rounding in another order explains. A wrong decision is far outside of it.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+DOUBTS = 3  # first calls of a module in which others may have done what speaks against it
 TOLERANCE_TF32 = 5e-3  # fp32 on a GPU, where convolutions and matrix products may round to TF32
 
 
@@ -52,10 +53,14 @@ class Check:
         self._after = _random_state(self._device)
         self._tensors: list[torch.Tensor] = []
         self._structure: Hashable = None
+        others = state.refresh_after(trial)
         if [version_of(tensor) for tensor in watched] != versions or not all(_same(*pair) for pair in unversioned):
             self.refused = "it writes to its arguments or weights"
         elif _python_random_state() != python_random:
             self.refused = "it draws random numbers in Python"
+        if self.refused is not None and not trial.alone and component.doubts[self.refused] < DOUBTS:
+            component.doubts[self.refused] += 1
+            self.refused, others = None, True  # whoever else is alive may have done it
         self._changes: Changes = ()
         try:
             self._structure = flatten(self.expected, self._tensors)
@@ -64,7 +69,6 @@ class Check:
             self.refused = f"its result cannot be rebuilt: {error}"
         except ChangesContainers as error:
             self.refused = str(error)
-        others = state.refresh_after(trial)
         self._state, self._generation = state, -1 if others else state.generation
         self._values = [version_of(weight) for weight in state.own]
 

@@ -1,0 +1,231 @@
+"""Other threads change a module in the middle of a call: what they did is seen by the next call, and nothing of it is lost.
+
+Each change happens at one point of the call, in a thread of its own that is over before the call goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sfast
+from sfast import launch, prepare, verify
+from sfast.component import component_of
+from sfast.turns import turn_of, turns_of
+
+
+@pytest.fixture(autouse=True)
+def somebody() -> Iterator[None]:
+    """Another thread that is alive, so that not all that happens must be the call's."""
+    leave = threading.Event()
+    thread = threading.Thread(target=leave.wait)
+    thread.start()
+    yield
+    leave.set()
+    thread.join()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.gain, self.scales, self.options = 1, [1, 2], {"shift": 0}
+        self.seen = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "device" not in self.seen:
+            self.seen["device"] = x.device
+        return self.second(self.first(x).relu() * self.gain) * self.scales[1] + self.options["shift"]
+
+
+def elsewhere(change: Callable[[], Any]) -> None:
+    """In another thread, now."""
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+
+
+def set_gain(net: Net) -> None:
+    net.gain = 3
+
+
+def set_scale(net: Net) -> None:
+    net.scales[1] = 5
+
+
+def set_shift(net: Net) -> None:
+    net.options["shift"] = 7
+
+
+def double_a_weight(net: Net) -> None:
+    with torch.no_grad():
+        net.first.weight.mul_(2)
+
+
+def exchange_a_layer(net: Net) -> None:
+    net.second = nn.Linear(6, 6).requires_grad_(False).eval()
+
+
+CHANGES = (set_gain, set_scale, set_shift, double_a_weight, exchange_a_layer)
+
+# Where another thread comes in between: after eager was called, while the module is traced, before what was traced runs.
+POINTS = {"eager": (verify, "run_eagerly"), "trace": (prepare, "trace"), "run": (launch, "capture_if_possible")}
+
+
+def at_once_after(monkeypatch: pytest.MonkeyPatch, point: str, change: Callable[[], Any]) -> list[int]:
+    """Have something changed elsewhere, when a call gets to a point for the first time."""
+    place, name = POINTS[point]
+    function, done = getattr(place, name), []
+
+    def disturbed(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if not done:
+            done.append(1)
+            elsewhere(change)
+        return result
+
+    monkeypatch.setattr(place, name, disturbed)
+    return done
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_from_elsewhere_during_a_first_call(
+    change: Callable[[Net], None], point: str, monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
+    torch.manual_seed(1)
+    net = sfast.compile(Net().eval().requires_grad_(False))
+    x = torch.randn(3, 6)
+    done = at_once_after(monkeypatch, point, lambda: change(net))
+    with torch.no_grad():
+        net(x)
+        assert done == [1]
+        expected = [Net.forward(net, x)]
+        change(other := Net())
+        # Nothing of it is taken back with what tracing does.
+        assert (net.gain, net.scales, net.options) == (other.gain, other.scales, other.options)
+        for gain in (net.gain, 11, net.gain):
+            net.gain = gain
+            expected.append(Net.forward(net, x))
+            torch.testing.assert_close(net(x), expected[-1])
+    assert not torch.allclose(expected[1], expected[2])
+    assert 1 <= sfast.report(net).traces <= 3 and sfast.report(net).fallbacks == []
+    assert said() == []
+
+
+def test_what_the_forward_itself_keeps_is_still_its_own(said: Any) -> None:
+    class Keeps(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape not in self.seen:
+                self.seen[x.shape] = float(x.shape[0])
+            return self.first(x) * self.seen[x.shape]
+
+    net = sfast.compile(Keeps().eval().requires_grad_(False))
+    with torch.no_grad():
+        for batch in (2, 3, 4, 2, 3, 4):
+            x = torch.randn(batch, 6)
+            torch.testing.assert_close(net(x), Keeps.forward(net, x))
+    assert sfast.report(net).fallbacks == []
+
+
+def test_adapters_exchanged_between_trace_and_check(monkeypatch: pytest.MonkeyPatch, said: Any) -> None:
+    peft = pytest.importorskip("peft")
+    net = Net()
+    config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, net)
+    sfast.compile(net.eval().requires_grad_(False))
+    x = torch.randn(3, 6)
+    at_once_after(monkeypatch, "trace", lambda: net.first.set_adapter([]))
+    with torch.no_grad():
+        net(x)
+        for adapters in ([], ["default"], []):
+            net.first.set_adapter(adapters)
+            net.requires_grad_(False)
+            for _ in range(2):
+                torch.testing.assert_close(net(x), Net.forward(net, x))
+    assert sfast.report(net).fallbacks == []
+    assert component_of(net).traced >= 1  # type: ignore[union-attr]
+
+
+def test_what_is_changed_as_a_whole_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sfast.compile(Net().eval().requires_grad_(False))
+    begun, done = threading.Event(), threading.Event()
+
+    def change() -> None:
+        begun.set()
+        with turns_of([net, nn.Linear(1, 1)]):
+            net.gain = 3
+        done.set()
+
+    thread = threading.Thread(target=change)
+    seen = []
+    run = launch.run
+
+    def running(*args: Any) -> Any:
+        if not begun.is_set():
+            thread.start()
+            begun.wait()
+            seen.append(done.wait(0.1))
+            seen.append(net.gain)
+        return run(*args)
+
+    monkeypatch.setattr(launch, "run", running)
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        net(x)
+        thread.join()
+        assert seen == [False, 1] and net.gain == 3
+        torch.testing.assert_close(net(x), Net.forward(net, x))
+
+
+def test_turns_are_taken_all_or_none() -> None:
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    turns = turn_of(a), turn_of(b)
+    both, release = threading.Event(), threading.Event()
+
+    def take() -> None:
+        with turns_of([a, b]):
+            both.set()
+            release.wait()
+
+    def is_free(turn: threading.RLock) -> bool:
+        free: list[bool] = []
+        elsewhere(lambda: free.append(turn.acquire(blocking=False)) or (free[0] and turn.release()))
+        return free[0]
+
+    with turns[1]:
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not both.wait(0.05)
+        with turns[0]:  # which the other one does not keep while it waits
+            assert not both.is_set()
+    assert both.wait(10) and not is_free(turns[0]) and not is_free(turns[1])
+    release.set()
+    thread.join()
+    assert is_free(turns[0]) and is_free(turns[1])
+
+
+def test_eager_waits_for_nobody() -> None:
+    """A module that stays eager, for want of an answer from another thread that calls it, too."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.waits = nn.Linear(2, 2), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] == 2:
+                elsewhere(lambda: self(x[:1]))
+            return self.linear(x)
+
+    net = sfast.compile(Asks().eval())  # gradients are enabled
+    x = torch.randn(2, 2)
+    thread = threading.Thread(target=net, args=(x,), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
