@@ -80,6 +80,14 @@ def _takes_pairs(kind: type) -> bool:
     return issubclass(kind, dict) and kind.__init__ is dict.__init__
 
 
+def layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    """How a tensor lies in memory: its strides, but for sizes of one, where whoever has made it may have chosen any."""
+    strides, sizes = tensor.stride(), tensor.shape
+    if 1 not in sizes:
+        return strides
+    return tuple([stride if size != 1 else 0 for stride, size in zip(strides, sizes, strict=True)])
+
+
 def describe_shapes(tensors: list[torch.Tensor]) -> str:
     """Shapes for a log line, e.g. `2x4x64x64, 2x77x768`."""
     return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)

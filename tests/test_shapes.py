@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sfast
 from benchmarks import shapes
 from sfast import CompilationConfig, launch, native
+from sfast.component import component_of
 from sfast.cuda_graph import pool_of
 from sfast.kernels import choice, nearby
 from tests.graphs import Pool, pool
@@ -379,3 +380,15 @@ def test_the_script_counts_shapes_beyond_the_goal_and_what_grows() -> None:
     assert lines[1] == "shapes beyond the goal: 1 of 2"
     assert lines[2] == "graph_gib: grown by 0.750 over 3 shapes (goal 1.5)"
     assert len(lines) == 5
+
+
+def test_where_a_size_is_one_any_stride_is_the_same_shape() -> None:
+    """Caches of video autoencoders come with other strides out of a graph than out of eager."""
+    module = nn.Conv2d(2, 2, 1).eval().requires_grad_(False)
+    eager, compiled = copy.deepcopy(module), sfast.compile(module)
+    x = torch.randn(1, 2, 5, 4)
+    other = torch.empty_strided((1, 2, 5, 4), (7, 20, 4, 1)).copy_(x)
+    turned = x.to(memory_format=torch.channels_last)
+    for each, plans in ((x, 1), (other, 1), (turned, 2)):
+        assert torch.equal(compiled(each), eager(each))
+        assert len(component_of(compiled).plans) == plans  # type: ignore[union-attr]
