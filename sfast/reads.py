@@ -29,6 +29,7 @@ _QUESTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "__iter__": lambda x: _tensor(x.shape[0]),
     "stride": lambda x: torch.stack([_tensor(size) for size in x.shape]),
 }
+_INHERITED = _QUESTIONS.keys() - vars(Tensor).keys()
 _ABOUT_SIZES = frozenset(("__iter__", "stride"))
 _EQUAL = frozenset((Tensor.equal, torch.equal))
 _CLOSE = frozenset((Tensor.allclose, torch.allclose))
@@ -52,18 +53,18 @@ class Reads:
     def start(self) -> None:
         """Watch the methods of tensors."""
         self._thread = threading.get_ident()
-        self._own = {name: getattr(Tensor, name) for name in _QUESTIONS}
-        self._inherited = _QUESTIONS.keys() - vars(Tensor).keys()
-        for name, method in self._own.items():
-            setattr(Tensor, name, self._watched(name, method))
+        for name in _QUESTIONS:
+            method = getattr(Tensor, name)
+            # Where an interruption has kept `stop` from its work, ours may still be there.
+            setattr(Tensor, name, self._watched(name, getattr(method, "watched", method)))
 
     def stop(self) -> None:
         """Give tensors their own methods back."""
-        for name, method in self._own.items():
-            if name in self._inherited:
+        for name in _QUESTIONS:
+            if name in _INHERITED:
                 delattr(Tensor, name)
             else:
-                setattr(Tensor, name, method)
+                setattr(Tensor, name, getattr(Tensor, name).watched)
 
     def of_sizes(self, x: Tensor) -> bool:
         """Whether a traced tensor is decided by sizes alone."""
@@ -71,7 +72,7 @@ class Reads:
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def read(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._busy or threading.get_ident() != self._thread:
+            if self._busy or not is_traced_by(self._thread):
                 return method(x, *args, **kwargs)
             with self._noting():
                 if name == "__index__" and self._given is not None:
@@ -80,6 +81,7 @@ class Reads:
                     self._note([_QUESTIONS[name](x)], [] if name in _ABOUT_SIZES else [x])
                 return method(x, *args, **kwargs)
 
+        read.watched = method  # type: ignore[attr-defined]
         return read
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,6 +120,11 @@ class Reads:
             self.where = self.where or where()
         else:
             self.sizes += questions
+
+
+def is_traced_by(thread: int) -> bool:
+    """Whether this is that thread, and it is tracing."""
+    return threading.get_ident() == thread and torch._C._get_tracing_state() is not None
 
 
 def where() -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfast.patches import is_users
-from sfast.reads import Reads
+from sfast.reads import Reads, is_traced_by
 
 _MODELS = ("diffusers.models.", "transformers.models.")
 _ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
@@ -42,12 +42,12 @@ class Sizes:
         self._reads = reads
         self._fractions: dict[int, Tensor] = {}  # of sizes, by their ids
         self._thread = 0
-        self._len = builtins.len
+        self._len: Callable[[Any], int] = getattr(builtins.len, "own", builtins.len)
 
     def start(self) -> None:
         """Let rounding, `len` and `int` take sizes; `int` by its name in the files of models."""
         self._thread = threading.get_ident()
-        builtins.len = self._first_size
+        builtins.len = self._length()
         for name, rounded in _ROUNDING.items():
             setattr(Tensor, name, self._rounding(*rounded))
         files = [vars(module) for name, module in list(sys.modules.items()) if _is_of_models(name, module)]
@@ -60,9 +60,10 @@ class Sizes:
         """Leave everything as it was."""
         builtins.len = self._len
         for name in _ROUNDING:
-            delattr(Tensor, name)
+            if name in vars(Tensor):
+                delattr(Tensor, name)
         for file in self._files:
-            del file["int"]
+            file.pop("int", None)
 
     def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
         """What an operator gives for numbers that Python would compute with in double precision; None for all others."""
@@ -97,17 +98,21 @@ class Sizes:
 
     def _rounding(self, of_number: Callable[..., Any], of_tensor: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def rounded(x: Tensor, *digits: Any) -> Any:
-            if digits or threading.get_ident() != self._thread or not self._reads.of_sizes(x):
+            if digits or not is_traced_by(self._thread) or not self._reads.of_sizes(x):
                 return of_number(x.item(), *digits)
             with torch._C.DisableTorchFunction():
                 return of_tensor(x).long()
 
         return rounded
 
-    def _first_size(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and threading.get_ident() == self._thread and value.dim():
-            return value.size(0)
-        return self._len(value)
+    def _length(self) -> Callable[[Any], Any]:
+        def first_size(value: Any) -> Any:
+            if isinstance(value, Tensor) and is_traced_by(self._thread) and value.dim():
+                return value.size(0)
+            return self._len(value)
+
+        first_size.own = self._len  # type: ignore[attr-defined]
+        return first_size
 
     def _int(self) -> type[int]:
         """`int`, but for sizes."""
@@ -115,8 +120,8 @@ class Sizes:
 
         class Int(int, metaclass=_LikeInt):
             def __new__(cls, value: Any = 0, *base: Any) -> Any:
-                own = isinstance(value, Tensor) and threading.get_ident() == sizes._thread
-                return math.trunc(value) if own and sizes._reads.of_sizes(value) else int(value, *base)
+                traced = isinstance(value, Tensor) and is_traced_by(sizes._thread)
+                return math.trunc(value) if traced and sizes._reads.of_sizes(value) else int(value, *base)
 
         return Int
 
@@ -141,4 +146,6 @@ def _is_of_models(name: str, module: Any) -> bool:
     if not name.startswith(_MODELS) and not is_users(name):
         return False
     names = getattr(module, "__dict__", {})
-    return "int" not in names and not {"torch", "nn", "Tensor"}.isdisjoint(names)
+    # Where an interruption has kept `stop` from its work, ours may still be there.
+    free = "int" not in names or type(names["int"]) is _LikeInt
+    return free and not {"torch", "nn", "Tensor"}.isdisjoint(names)
