@@ -197,7 +197,7 @@ def interrupting(after: int) -> Iterator[list[Any]]:
 def _cleans_up(frame: Any) -> bool:
     """Whether it runs in a `finally` or the end of a `with`: no Python code can be interrupted there and stay whole."""
     while frame is not None:
-        if frame.f_code.co_name in ("__exit__", "put_back", "_abandon", "release"):
+        if frame.f_code.co_name in ("__exit__", "undo", "_abandon", "release"):
             return True
         frame = frame.f_back
     return False
