@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
 MAX_GUARDS = 4  # of one signature: different questions about values
-MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt, but not for ever
+MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt
 MAX_PROMPTS = 4  # whose answers are remembered: guidance calls with two or three in turn
 MAX_NUMBERS = 3  # where they are no integers: times and noise change at every call, a guidance scale does not
+USES = 3  # of each answer on average: then there may be more of them, since they do not change from call to call
 
 
 class Untraceable(RuntimeError):
@@ -87,11 +89,16 @@ class Decisions:
     def __init__(self) -> None:
         self._guards: dict[Hashable, list[Guard]] = {}
         self._answers: dict[Hashable, set[Hashable]] = {}
+        self._uses: Counter[Hashable] = Counter()  # of answers that were known
 
     def taken(self, signature: Hashable, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
         """What Python will decide at a call, as far as it is known what it asks."""
         guards = self._guards.get(signature) if self._guards else None
-        return tuple([guard.values(weights, tensors) for guard in guards]) if guards else ()
+        if not guards:
+            return ()
+        answers = tuple([guard.values(weights, tensors) for guard in guards])
+        self._uses[signature] += answers in self._answers[signature]
+        return answers
 
     def learn(self, signature: tuple[Hashable, ...], guard: Guard) -> None:
         """At a call of `signature`, which ends with all that was `taken`, Python has asked for what `guard` computes.
@@ -106,7 +113,8 @@ class Decisions:
         seen.add(answers)
         if all(known.text != guard.text for known in guards):
             guards.append(guard)
-        if len(seen) > (MAX_NUMBERS if guard.numbers else MAX_ANSWERS) or len(guards) > MAX_GUARDS:
+        many = len(seen) > (MAX_NUMBERS if guard.numbers else MAX_ANSWERS)
+        if len(guards) > MAX_GUARDS or (many and self._uses[signature] < USES * len(seen)):
             del self._guards[signature]
             raise DecidesByValue(f"it decides in Python by values that change from call to call, {guard.where}")
 
@@ -114,6 +122,7 @@ class Decisions:
         """The module is another one."""
         self._guards.clear()
         self._answers.clear()
+        self._uses.clear()
 
 
 # ------------------------------------------------------------------------------------------------ noticed while tracing

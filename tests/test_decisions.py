@@ -159,6 +159,18 @@ def test_values_that_change_at_every_call_end_in_eager_with_one_line(ask: Callab
     assert sfast.report(model).traces <= limit + 1
 
 
+@pytest.mark.parametrize(("ask", "limit"), [(float, MAX_NUMBERS), (int, MAX_ANSWERS)])
+def test_values_that_change_from_picture_to_picture_do_not(ask: Callable[[Tensor], Any], limit: int) -> None:
+    model = _compiled(lambda y, mask: y * ask(mask.sum()))
+    for picture in range(2 * limit):
+        mask = torch.full((3,), float(picture))
+        for _ in range(4):
+            x = torch.randn(2, 3)
+            assert torch.equal(model(x, mask), _expected(model, x, mask))
+    report = sfast.report(model)
+    assert [why for what, why in report.fallbacks if what == "Model"] == [] and report.traces == 2 * limit
+
+
 def test_what_the_model_computes_is_no_question() -> None:
     model = _compiled(lambda y, mask: y if y.sum() > 0 else -y)
     for _ in range(3):
