@@ -14,7 +14,6 @@ from sfast.kernels import (
     linear_attention,
     linear_cat,
     modulate,
-    modulate_sums,
     rms_norm,
     rotary,
 )
@@ -130,7 +129,7 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         modulation = (table[1], each[1], table[0], each[0])
         return randn(1, T, C), randn(1, T, C), table[2], each[2], [C], None, None, 1e-6, *modulation
 
-    name, reference = "gate_add_layer_norm_modulate_sums", modulate_sums.gate_add_layer_norm_modulate_sums_reference
+    name, reference = "gate_add_layer_norm_modulate_sums", modulate.gate_add_layer_norm_modulate_sums_reference
     yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_sums, reference, summed, 7 * T * C, 0)
 
     def rows() -> tuple:

@@ -56,20 +56,13 @@ def _gate_rms_norm_add(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gat
     return x + gate * torch.ops.sfast.rms_norm(y, weight_y, eps_y)
 
 
-def _gate_rms_norm_add_rms_norm_scale(
-    x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor, weight: Tensor, eps: float, scale: Tensor
-) -> tuple[Any, Any]:
-    total = _gate_rms_norm_add(x, y, weight_y, eps_y, gate)
-    return _rms_norm_scale(total, weight, eps, scale), total
-
-
 _RMS_Y = (_X, _X + 1, _WEIGHT, _EPS_Y, _ROW)
 
 RMS_NORM_SCALE = Fusion("rms_norm_scale", _rms_norm_scale, (_X, _WEIGHT, _EPS, _ROW), needs=_NEEDS)
 GATE_RMS_NORM_ADD = Fusion("gate_rms_norm_add", _gate_rms_norm_add, _RMS_Y, needs=_NEEDS)
 GATE_RMS_NORM_ADD_RMS_NORM_SCALE = Fusion(
     "gate_rms_norm_add_rms_norm_scale",
-    _gate_rms_norm_add_rms_norm_scale,
+    modulate.then(_gate_rms_norm_add, _rms_norm_scale),
     (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
     needs=_NEEDS,
 )

@@ -36,7 +36,7 @@ def _modulate(
     return torch.ops.sfast.layer_norm_modulate_wide(x, normalized_shape, weight, bias, eps, *modulation)
 
 
-def _gate_add(
+def _gate_add_norm(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -71,7 +71,7 @@ def _gate_add_modulate(
 
 MODULATE_SUMS = [
     Fusion("layer_norm_modulate_sums", _modulate, (_X, *_PLAIN, *_SUMS), needs=_NEEDS, shared=_SHARED),
-    Fusion("gate_add_layer_norm_sums", _gate_add, (_X, _X + 1, *_GATE, *_PLAIN), needs=_NEEDS, shared=_SHARED),
+    Fusion("gate_add_layer_norm_sums", _gate_add_norm, (_X, _X + 1, *_GATE, *_PLAIN), needs=_NEEDS, shared=_SHARED),
     Fusion(
         "gate_add_layer_norm_modulate_sums",
         _gate_add_modulate,

@@ -1,12 +1,18 @@
 """What lies between the matrix products of a diffusion transformer, in one pass: gate, residual, norm, scale and shift.
 
 A block adds its gated result to the residual, normalizes the sum, scales and shifts it as the timestep says: eager runs a
-kernel for each, which read and write all activations again. Here a row is read once, stays in registers (in fp32, which
-rounds once and not five times), and is written twice: as the sum, which is the next residual, and modulated.
+kernel for each, which read and write all activations again. Here a row is read once, where it lies, stays in registers (in
+fp32, which rounds once and not five times), and is written twice: as the sum, which is the next residual, and modulated.
+
+Operators are named for what they do, in its order. *wide* ones keep gate, scale, shift and the norm in fp32 as the model
+does. *sums* is for video models of which each token has a timestep of its own: gate, scale and shift are a table plus
+something for every token, sums which would be more to write and to read than anything else, and here need never exist.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,10 +26,42 @@ from sfast.kernels.overlap import launch_options
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
-TILE = 4096  # elements that a program takes, where there are rows enough for
-PROGRAMS = 1024
+MOST_PIECES = 5  # of a row; more would be compiled for longer than they run faster
+MOST_IDLE = 1 / 6  # of the lanes, where that can be had
+WARP = 256  # elements that a warp reads at once, 16 bytes a lane
 
-# x, y [B, T, C] or [T, C]; gate, scale, shift broadcast to x: [B, 1, C] mostly; weight, bias [C].
+# x, y [B, T, C] or [T, C]; gate, scale, shift broadcast to x: [B, 1, C] mostly; weight, bias [C]. Of sums: gate, scale, shift
+# [1, 1, 1, C], and gate_more, scale_more, shift_more [B, T, 1, C].
+
+
+def add_reference(x: Tensor, y: Tensor) -> Tensor:
+    """x + y."""
+    return x + y
+
+
+def gate_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y."""
+    return x + gate * y
+
+
+def gate_add_wide_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in fp32, rounded to x's precision."""
+    return (_wide(x) + y * gate).type_as(x)
+
+
+def gate_add_sums_reference(x: Tensor, y: Tensor, gate: Tensor, gate_more: Tensor) -> Tensor:
+    """x + y * (gate + gate_more) in fp32, rounded to x's precision."""
+    return gate_add_wide_reference(x, y, _sum(gate, gate_more))
+
+
+def gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
+    """x + gate * rms_norm(y)."""
+    return x + gate * F.rms_norm(y, weight_y.shape, weight_y, eps_y)
+
+
+def rms_norm_scale_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
+    """rms_norm(x) * scale."""
+    return F.rms_norm(x, weight.shape, weight, eps) * scale
 
 
 def layer_norm_modulate_reference(
@@ -37,37 +75,6 @@ def layer_norm_modulate_reference(
 ) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift."""
     return F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift
-
-
-def add_layer_norm_modulate_reference(
-    x: Tensor,
-    y: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(layer_norm(total) * (1 + scale) + shift, total) for total = x + y."""
-    total = x + y
-    return layer_norm_modulate_reference(total, normalized_shape, weight, bias, eps, scale, shift), total
-
-
-def gate_add_layer_norm_modulate_reference(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(layer_norm(total) * (1 + scale) + shift, total) for total = x + gate * y."""
-    total = x + gate * y
-    return layer_norm_modulate_reference(total, normalized_shape, weight, bias, eps, scale, shift), total
 
 
 def layer_norm_wide_reference(
@@ -87,69 +94,55 @@ def layer_norm_modulate_wide_reference(
     shift: Tensor,
 ) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift in fp32, rounded to x's precision."""
-    return (F.layer_norm(_wide(x), normalized_shape, weight, bias, eps) * (1 + scale) + shift).type_as(x)
+    return layer_norm_modulate_reference(_wide(x), normalized_shape, weight, bias, eps, scale, shift).type_as(x)
 
 
-def gate_add_wide_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate in fp32, rounded to x's precision."""
-    return (_wide(x) + y * gate).type_as(x)
-
-
-def gate_add_layer_norm_wide_reference(
+def layer_norm_modulate_sums_reference(
     x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(layer_norm(total), total) for total = x + y * gate, both in fp32 and rounded to x's precision."""
-    total = gate_add_wide_reference(x, y, gate)
-    return layer_norm_wide_reference(total, normalized_shape, weight, bias, eps), total
-
-
-def gate_add_layer_norm_modulate_wide_reference(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
     normalized_shape: list[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     scale: Tensor,
+    scale_more: Tensor,
     shift: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(layer_norm(total) * (1 + scale) + shift, total) for total = x + y * gate, in fp32 and rounded to x's precision."""
-    total = gate_add_wide_reference(x, y, gate)
-    return layer_norm_modulate_wide_reference(total, normalized_shape, weight, bias, eps, scale, shift), total
+    shift_more: Tensor,
+) -> Tensor:
+    """layer_norm(x) * (1 + scale + scale_more) + shift + shift_more in fp32, rounded to x's precision."""
+    modulation = _sum(scale, scale_more), _sum(shift, shift_more)
+    return layer_norm_modulate_wide_reference(x, normalized_shape, weight, bias, eps, *modulation)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def gate_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y."""
-    return x + gate * y
+def _sum(table: Tensor, more: Tensor) -> Tensor:
+    return (table + _wide(more)).squeeze(2)
 
 
-def rms_norm_scale_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
-    """rms_norm(x) * scale."""
-    return F.rms_norm(x, weight.shape, weight, eps) * scale
+def then(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """(second(total, ..), total) for total = first(..), as a function of the first's arguments and then the second's."""
+    before, (_, *behind) = (list(inspect.signature(each).parameters.values()) for each in (first, second))
+
+    def both(*args: Any) -> tuple[Any, Any]:
+        total = first(*args[: len(before)])
+        return second(total, *args[len(before) :]), total
+
+    both.__signature__ = inspect.Signature([*before, *behind])  # type: ignore[attr-defined]
+    return both
 
 
-def gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
-    """x + gate * rms_norm(y)."""
-    return x + gate * F.rms_norm(y, weight_y.shape, weight_y, eps_y)
+add_layer_norm_modulate_reference = then(add_reference, layer_norm_modulate_reference)
+gate_add_layer_norm_modulate_reference = then(gate_add_reference, layer_norm_modulate_reference)
+gate_add_layer_norm_wide_reference = then(gate_add_wide_reference, layer_norm_wide_reference)
+gate_add_layer_norm_modulate_wide_reference = then(gate_add_wide_reference, layer_norm_modulate_wide_reference)
+gate_add_layer_norm_sums_reference = then(gate_add_sums_reference, layer_norm_wide_reference)
+gate_add_layer_norm_modulate_sums_reference = then(gate_add_sums_reference, layer_norm_modulate_sums_reference)
+gate_rms_norm_add_rms_norm_scale_reference = then(gate_rms_norm_add_reference, rms_norm_scale_reference)
 
 
-def gate_rms_norm_add_rms_norm_scale_reference(
-    x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor, weight: Tensor, eps: float, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(rms_norm(total) * scale, total) for total = x + gate * rms_norm(y)."""
-    total = gate_rms_norm_add_reference(x, y, weight_y, eps_y, gate)
-    return rms_norm_scale_reference(total, weight, eps, scale), total
+# ------------------------------------------------------------------------------------------------------------ the launch
 
 
 class Job(NamedTuple):
@@ -158,36 +151,38 @@ class Job(NamedTuple):
     x: Tensor
     y: Tensor | None = None
     gate: Tensor | None = None
+    gate_more: Tensor | None = None  # to be added to gate, as others to scale and shift
     weight_y: Tensor | None = None  # of an RMSNorm of y
     eps_y: float = 0.0
-    shape: list[int] | None = None  # of a LayerNorm
+    normalized_shape: list[int] | None = None  # of a LayerNorm
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
     scale: Tensor | None = None
-    one: bool = False  # scale by 1 + scale
+    scale_more: Tensor | None = None
     shift: Tensor | None = None
-    rms: bool = False  # an RMSNorm instead
+    shift_more: Tensor | None = None
+    one: bool = False  # scale by 1 + scale
+    rms: bool = False  # an RMSNorm instead of a LayerNorm
     wide: bool = False  # parameters, gate, scale and shift may be fp32
-    more: tuple[Tensor | None, Tensor | None, Tensor | None] = (
-        None,
-        None,
-        None,
-    )  # to be added to gate, scale and shift
+
+    @property
+    def more(self) -> tuple[Tensor | None, ...]:
+        return self.gate_more, self.scale_more, self.shift_more
 
     @property
     def normalizes(self) -> bool:
-        return self.rms or self.shape is not None
+        return self.rms or self.normalized_shape is not None
 
 
 def process(job: Job) -> tuple[Tensor, Tensor]:
     """(out, total); where there is no norm the two are one."""
-    x = job.x.contiguous()
-    width, rows = x.shape[-1], x.numel() // x.shape[-1]
-    out = torch.empty_like(x)
-    total = torch.empty_like(x) if job.y is not None and job.normalizes else out
+    x, y = _as_samples(job.x), None if job.y is None else _as_samples(job.y)
+    B, T, width = x.shape
+    out = x.new_empty(job.x.shape)
+    total = x.new_empty(job.x.shape) if y is not None and job.normalizes else out
     given = {
-        bits.ADD: job.y is not None,
+        bits.ADD: y is not None,
         bits.GATE: job.gate is not None,
         bits.NORM_Y: job.weight_y is not None,
         bits.TOTAL: total is not out,
@@ -201,31 +196,49 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.MORE: any(part is not None for part in job.more),
     }
     added = next((part for part in job.more if part is not None), None)
-    strides = [stride for part in (job.gate, job.scale, job.shift, added) for stride in _strides(part, x)]
-    UNIT = 1 if any(stride % 8 for stride in strides) else 8
-    WIDTH = triton.next_power_of_2(width)
-    ROWS = max(1, min(TILE // WIDTH, triton.next_power_of_2(rows // PROGRAMS)))
-    bits.modulate_rows[(triton.cdiv(rows, ROWS),)](
+    block, pieces = tile(width)
+    rows = max(1, WARP // block)
+    blocks = triton.cdiv(T, rows)
+    bits.modulate_rows[(B * blocks,)](
         x,
-        x if job.y is None else job.y.contiguous(),
+        x if y is None else y,
         *(x if part is None else part for part in (job.weight_y, job.gate, job.weight, job.bias, job.scale, job.shift)),
         *(x if part is None else part for part in job.more),
         out,
         total,
-        rows,
-        x.shape[-2] if x.dim() > 1 else 1,
+        T,
+        blocks,
         width,
-        *(stride // UNIT for stride in strides),
+        *x.stride()[:2],
+        *((0, 0) if y is None else y.stride()[:2]),
+        *(stride for part in (job.gate, job.scale, job.shift, added) for stride in _strides(part, job.x)),
         job.eps,
         job.eps_y,
-        sum(bit for bit, is_given in given.items() if is_given),
-        UNIT=UNIT,
-        ROWS=ROWS,
-        WIDTH=WIDTH,
+        FLAGS=sum(bit for bit, is_given in given.items() if is_given),
+        ROWS=rows,
+        BLOCK=block,
+        PIECES=pieces,
         **launch_options(x.device),
-        num_warps=min(16, max(4, WIDTH // (256 if ROWS == 1 else 512))),
+        num_warps=max(1, block // WARP),
     )
     return out, total
+
+
+def tile(width: int) -> tuple[int, int]:
+    """Into how many pieces of which size, a power of two, a row is cut: small ones, but few, and few idle lanes."""
+    cuts = [(block, triton.cdiv(width, block)) for block in map((1).__lshift__, range(4, 15))]
+    cuts = [cut for cut in cuts if cut[1] <= MOST_PIECES]
+    least = min(block * pieces for block, pieces in cuts)
+    return next(cut for cut in cuts if cut[0] * cut[1] <= max(least, width * (1 + MOST_IDLE)))
+
+
+def _as_samples(x: Tensor) -> Tensor:
+    """x as [B, T, C] with rows that have no gaps."""
+    if x.dim() == 3 and x.stride(2) == 1:
+        return x
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x[None]
+    return x.contiguous() if x.dim() == 3 else x.reshape(1, -1, x.shape[-1]).contiguous()
 
 
 def _strides(part: Tensor | None, x: Tensor) -> tuple[int, int]:
@@ -243,7 +256,7 @@ def takes(job: Job) -> bool:
     x = job.x
     if not triton_takes(x) or x.numel() == 0 or x.numel() // x.shape[-1] >= 2**31 or x.shape[-1] > MAX_WIDTH:
         return False
-    if job.shape is not None and list(job.shape) != [x.shape[-1]]:
+    if job.normalized_shape is not None and list(job.normalized_shape) != [x.shape[-1]]:
         return False
     if job.y is not None and (job.y.shape != x.shape or not _alike(job.y, x)):
         return False
@@ -271,75 +284,23 @@ def _broadcasts(part: Tensor, x: Tensor) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- the operators
 
-
-def _layer_norm_modulate(
-    x: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor,
-) -> Job:
-    return Job(x, shape=normalized_shape, weight=weight, bias=bias, eps=eps, scale=scale, one=True, shift=shift)
+JOBS: dict[str, Callable[..., Job]] = {}  # what each operator does with its arguments
 
 
-def _add_layer_norm_modulate(x: Tensor, y: Tensor, *rest: Any) -> Job:
-    return _layer_norm_modulate(x, *rest)._replace(y=y)
+def _define(signature: str, reference: Callable[..., Any], **how: bool) -> None:
+    """Register an operator whose arguments are a job's parts, by their names; `how` they are meant."""
+    name, _, rest = signature.partition("(")
+    parts = re.findall(r"(\w+)(?:,|$)", rest.removesuffix(")"))
+    two = re.search("add_(layer|rms)_norm", name) is not None
 
-
-def _gate_add_layer_norm_modulate(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
-    return _gated(_layer_norm_modulate(x, *rest), y, gate)
-
-
-def _layer_norm_wide(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Job:
-    return Job(x, shape=normalized_shape, weight=weight, bias=bias, eps=eps, wide=True)
-
-
-def _layer_norm_modulate_wide(x: Tensor, *rest: Any) -> Job:
-    return _layer_norm_modulate(x, *rest)._replace(wide=True)
-
-
-def _gate_add_layer_norm_wide(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
-    return _gated(_layer_norm_wide(x, *rest), y, gate)
-
-
-def _gate_add_layer_norm_modulate_wide(x: Tensor, y: Tensor, gate: Tensor, *rest: Any) -> Job:
-    return _gated(_layer_norm_modulate_wide(x, *rest), y, gate)
-
-
-def _gate_add_wide(x: Tensor, y: Tensor, gate: Tensor) -> Job:
-    return _gated(Job(x, wide=True), y, gate)
-
-
-def _gate_add(x: Tensor, y: Tensor, gate: Tensor) -> Job:
-    return _gated(Job(x), y, gate)
-
-
-def _gated(job: Job, y: Tensor, gate: Tensor) -> Job:
-    """Of a product nobody knows which factor is the gate, until their shapes are known."""
-    return job._replace(y=y, gate=gate) if y.shape == job.x.shape else job._replace(y=gate, gate=y)
-
-
-def _rms_norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Job:
-    return Job(x, weight=weight, eps=eps, rms=True, scale=scale)
-
-
-def _gate_rms_norm_add(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Job:
-    return Job(x, y, gate, weight_y, eps_y)
-
-
-def _gate_rms_norm_add_rms_norm_scale(
-    x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor, weight: Tensor, eps: float, scale: Tensor
-) -> Job:
-    return Job(x, y, gate, weight_y, eps_y, weight=weight, eps=eps, rms=True, scale=scale)
-
-
-def define_job(schema: str, reference: Callable[..., Any], job: Callable[..., Job]) -> None:
-    """Register an operator that does what `job` says of its arguments."""
-    two = schema.endswith(")")
+    def job(*args: Any) -> Job:
+        given: dict[str, Any] = dict(zip(parts, args, strict=True)) | how
+        if any(part.endswith("_more") for part in parts):
+            for part in {"gate", "scale", "shift", "gate_more", "scale_more", "shift_more"}.intersection(parts):
+                given[part] = given[part].squeeze(2)
+        elif "gate" in given and "weight_y" not in given and given["y"].shape != given["x"].shape:
+            given["y"], given["gate"] = given["gate"], given["y"]  # which factor is the gate, their shapes alone say
+        return Job(**given)
 
     def launch(*args: Any) -> Any:
         results = process(job(*args))
@@ -349,49 +310,31 @@ def define_job(schema: str, reference: Callable[..., Any], job: Callable[..., Jo
         results = reference(*args)
         return tuple(r.new_empty(r.shape) for r in results) if two else results.new_empty(results.shape)
 
+    JOBS[name] = job
+    schema = f"{signature} -> {'(Tensor, Tensor)' if two else 'Tensor'}"
     define(schema, reference, lambda *args: takes(job(*args)), launch, fake)
 
 
-_PLAIN = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps"
-_NORM = f"{_PLAIN}, Tensor scale, Tensor shift"
-_RMS_Y = "Tensor x, Tensor y, Tensor weight_y, float eps_y, Tensor gate"
-define_job(f"layer_norm_modulate(Tensor x, {_NORM}) -> Tensor", layer_norm_modulate_reference, _layer_norm_modulate)
-define_job(
-    f"add_layer_norm_modulate(Tensor x, Tensor y, {_NORM}) -> (Tensor, Tensor)",
-    add_layer_norm_modulate_reference,
-    _add_layer_norm_modulate,
-)
-define_job(
-    f"gate_add_layer_norm_modulate(Tensor x, Tensor y, Tensor gate, {_NORM}) -> (Tensor, Tensor)",
-    gate_add_layer_norm_modulate_reference,
-    _gate_add_layer_norm_modulate,
-)
-define_job(f"layer_norm_wide(Tensor x, {_PLAIN}) -> Tensor", layer_norm_wide_reference, _layer_norm_wide)
-define_job(
-    f"layer_norm_modulate_wide(Tensor x, {_NORM}) -> Tensor",
-    layer_norm_modulate_wide_reference,
-    _layer_norm_modulate_wide,
-)
-define_job(
-    f"gate_add_layer_norm_wide(Tensor x, Tensor y, Tensor gate, {_PLAIN}) -> (Tensor, Tensor)",
-    gate_add_layer_norm_wide_reference,
-    _gate_add_layer_norm_wide,
-)
-define_job(
-    f"gate_add_layer_norm_modulate_wide(Tensor x, Tensor y, Tensor gate, {_NORM}) -> (Tensor, Tensor)",
-    gate_add_layer_norm_modulate_wide_reference,
-    _gate_add_layer_norm_modulate_wide,
-)
-define_job("gate_add_wide(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_wide_reference, _gate_add_wide)
-define_job("gate_add(Tensor x, Tensor y, Tensor gate) -> Tensor", gate_add_reference, _gate_add)
-define_job(
-    "rms_norm_scale(Tensor x, Tensor weight, float eps, Tensor scale) -> Tensor",
-    rms_norm_scale_reference,
-    _rms_norm_scale,
-)
-define_job(f"gate_rms_norm_add({_RMS_Y}) -> Tensor", gate_rms_norm_add_reference, _gate_rms_norm_add)
-define_job(
-    f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, Tensor weight, float eps, Tensor scale) -> (Tensor, Tensor)",
-    gate_rms_norm_add_rms_norm_scale_reference,
-    _gate_rms_norm_add_rms_norm_scale,
-)
+_X, _Y, _GATE, _MORE = "Tensor x", "Tensor x, Tensor y", "Tensor x, Tensor y, Tensor gate", "Tensor gate_more"
+_NORM = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps"
+_SHIFT, _SUMS = "Tensor scale, Tensor shift", "Tensor scale, Tensor scale_more, Tensor shift, Tensor shift_more"
+_RMS_Y, _RMS = f"{_Y}, Tensor weight_y, float eps_y, Tensor gate", "Tensor weight, float eps, Tensor scale"
+
+_define(f"gate_add({_GATE})", gate_add_reference)
+_define(f"gate_add_wide({_GATE})", gate_add_wide_reference, wide=True)
+_define(f"layer_norm_wide({_X}, {_NORM})", layer_norm_wide_reference, wide=True)
+_define(f"gate_add_layer_norm_wide({_GATE}, {_NORM})", gate_add_layer_norm_wide_reference, wide=True)
+_define(f"gate_add_layer_norm_sums({_GATE}, {_MORE}, {_NORM})", gate_add_layer_norm_sums_reference, wide=True)
+_define(f"layer_norm_modulate({_X}, {_NORM}, {_SHIFT})", layer_norm_modulate_reference, one=True)
+_define(f"add_layer_norm_modulate({_Y}, {_NORM}, {_SHIFT})", add_layer_norm_modulate_reference, one=True)
+_define(f"gate_add_layer_norm_modulate({_GATE}, {_NORM}, {_SHIFT})", gate_add_layer_norm_modulate_reference, one=True)
+for _name, _first, _last, _reference in (
+    ("layer_norm_modulate_wide", _X, _SHIFT, layer_norm_modulate_wide_reference),
+    ("gate_add_layer_norm_modulate_wide", _GATE, _SHIFT, gate_add_layer_norm_modulate_wide_reference),
+    ("layer_norm_modulate_sums", _X, _SUMS, layer_norm_modulate_sums_reference),
+    ("gate_add_layer_norm_modulate_sums", f"{_GATE}, {_MORE}", _SUMS, gate_add_layer_norm_modulate_sums_reference),
+):
+    _define(f"{_name}({_first}, {_NORM}, {_last})", _reference, one=True, wide=True)
+_define(f"rms_norm_scale({_X}, {_RMS})", rms_norm_scale_reference, rms=True)
+_define(f"gate_rms_norm_add({_RMS_Y})", gate_rms_norm_add_reference)
+_define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", gate_rms_norm_add_rms_norm_scale_reference, rms=True)

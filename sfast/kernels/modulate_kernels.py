@@ -1,20 +1,32 @@
-"""The kernel of `modulate.py`: a program keeps some rows in registers from the residual to the modulated norm."""
+"""The kernel of `modulate.py`: a program keeps some rows in registers from the residual to the modulated norm.
+
+What makes it fast is that nothing waits twice: everything a row needs (itself, gate, scale, shift, weights) is asked for
+before the first sum over the row, and a row is taken in pieces whose sizes are powers of two, as 3072 is three times 1024,
+so that few lanes are idle and each holds little.
+"""
 
 from __future__ import annotations
 
 from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
-# Bits of `flags`; a run-time value, so that all variants share one compilation.
+# Bits of FLAGS: what there is.
 ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE = (1 << bit for bit in range(12))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "T", "flags", "eps", "eps_y", "gate_batch", "gate_token", "scale_batch", "scale_token"),
-        *("shift_batch", "shift_token", "more_batch", "more_token"),
-    ]
-)
+@triton.jit
+def _load(
+    rows: tl.tensor, live: tl.tensor, width: tl.tensor, lane: tl.tensor, PIECES: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Of each row whose address is in `rows` [ROWS, 1]: PIECES pieces [ROWS, BLOCK]."""
+    pieces = ()
+    for piece in tl.static_range(PIECES):
+        at = (piece * BLOCK + lane)[None, :]
+        pieces += (tl.load(rows + at, mask=live & (at < width), other=0),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "eps", "eps_y"])
 def modulate_rows(
     x: tl.tensor,
     y: tl.tensor,
@@ -29,9 +41,13 @@ def modulate_rows(
     shift_more: tl.tensor,
     out: tl.tensor,
     total: tl.tensor,
-    rows: tl.tensor,
     T: tl.tensor,
+    blocks: tl.tensor,
     width: tl.tensor,
+    x_batch: tl.tensor,
+    x_token: tl.tensor,
+    y_batch: tl.tensor,
+    y_token: tl.tensor,
     gate_batch: tl.tensor,
     gate_token: tl.tensor,
     scale_batch: tl.tensor,
@@ -42,50 +58,92 @@ def modulate_rows(
     more_token: tl.tensor,
     eps: tl.tensor,
     eps_y: tl.tensor,
-    flags: tl.tensor,
-    UNIT: tl.constexpr,
+    FLAGS: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """ROWS rows of `width`; strides of what broadcasts are 0 where it does, and come in units of UNIT."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    batch, token = (row // T).to(tl.int64)[:, None], (row % T).to(tl.int64)[:, None]
-    lane = tl.arange(0, WIDTH)
-    live = lane < width
-    mask = (row < rows)[:, None] & live[None, :]
-    offset = row.to(tl.int64)[:, None] * width + lane[None, :]
-    more = (batch * more_batch + token * more_token) * UNIT + lane[None, :]
-    has_more = mask & (lane < width * (flags >> 11 & 1))[None, :]
+    """ROWS rows of one sample: of out and total [B, T, width]; a stride is 0 where something is the same for all."""
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    token = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    live, lane = token < T, tl.arange(0, BLOCK)
+    to = (sample * T + token) * width
 
     wait_for_previous_kernel(OVERLAP)
-    v = tl.load(x + offset, mask=mask, other=0).to(tl.float32)
-    if flags & 1 != 0:  # ADD
-        w = tl.load(y + offset, mask=mask, other=0).to(tl.float32)
-        if flags & 4 != 0:  # NORM_Y
-            spread = tl.rsqrt(tl.sum(w * w, axis=1) / width + eps_y)
-            w = w * spread[:, None] * tl.load(weight_y + lane, mask=live, other=0).to(tl.float32)[None, :]
-        if flags & 2 != 0:  # GATE
-            g = gate + (batch * gate_batch + token * gate_token) * UNIT + lane[None, :]
-            g_more = tl.load(gate_more + more, mask=has_more, other=0).to(tl.float32)
-            w = w * (tl.load(g, mask=mask, other=0).to(tl.float32) + g_more)
-        v += w
-    if flags & 8 != 0:  # TOTAL
-        tl.store(total + offset, v.to(total.dtype.element_ty), mask=mask)
-    if flags & 16 != 0:  # NORM
-        mean = tl.sum(v, axis=1) / width * (1 - (flags >> 5 & 1))  # RMS: as if it were 0
-        v = tl.where(live[None, :], v - mean[:, None], 0)
-        v = v * tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)[:, None]
-        weighted = flags >> 6 & 1
-        factor = tl.load(weight + lane, mask=lane < width * weighted, other=0).to(tl.float32) + (1 - weighted)
-        term = tl.load(bias + lane, mask=lane < width * (flags >> 7 & 1), other=0).to(tl.float32)
-        v = v * factor[None, :] + term[None, :]
-    if flags & 256 != 0:  # SCALE, and ONE
-        s = scale + (batch * scale_batch + token * scale_token) * UNIT + lane[None, :]
-        s_more = tl.load(scale_more + more, mask=has_more, other=0).to(tl.float32)
-        v = v * (tl.load(s, mask=mask, other=0).to(tl.float32) + s_more + (flags >> 9 & 1))
-    if flags & 1024 != 0:  # SHIFT
-        s = shift + (batch * shift_batch + token * shift_token) * UNIT + lane[None, :]
-        s_more = tl.load(shift_more + more, mask=has_more, other=0).to(tl.float32)
-        v = v + tl.load(s, mask=mask, other=0).to(tl.float32) + s_more
-    tl.store(out + offset, v.to(out.dtype.element_ty), mask=mask)
+    v = _load(x + sample * x_batch + token * x_token, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 1 != 0:  # ADD
+        w = _load(y + sample * y_batch + token * y_token, live, width, lane, PIECES, BLOCK)
+    more = sample * more_batch + token * more_token
+    if FLAGS & 2 != 0:  # GATE
+        g = _load(gate + sample * gate_batch + token * gate_token, live, width, lane, PIECES, BLOCK)
+        if FLAGS & 2048 != 0:  # MORE
+            g_more = _load(gate_more + more, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 64 != 0:  # WEIGHT
+        factor = _load(weight + token * 0, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 128 != 0:  # BIAS
+        term = _load(bias + token * 0, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 256 != 0:  # SCALE
+        s = _load(scale + sample * scale_batch + token * scale_token, live, width, lane, PIECES, BLOCK)
+        if FLAGS & 2048 != 0:
+            s_more = _load(scale_more + more, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 1024 != 0:  # SHIFT
+        t = _load(shift + sample * shift_batch + token * shift_token, live, width, lane, PIECES, BLOCK)
+        if FLAGS & 2048 != 0:
+            t_more = _load(shift_more + more, live, width, lane, PIECES, BLOCK)
+
+    if FLAGS & 4 != 0:  # NORM_Y
+        factor_y = _load(weight_y + token * 0, live, width, lane, PIECES, BLOCK)
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for piece in tl.static_range(PIECES):
+            squares += w[piece].to(tl.float32) * w[piece].to(tl.float32)
+        spread = tl.rsqrt(tl.sum(squares, axis=1) / width + eps_y)[:, None]
+    sums, totals = tl.zeros([ROWS, BLOCK], tl.float32), ()
+    for piece in tl.static_range(PIECES):
+        at = (piece * BLOCK + lane)[None, :]
+        one = v[piece].to(tl.float32)
+        if FLAGS & 1 != 0:
+            other = w[piece].to(tl.float32)
+            if FLAGS & 4 != 0:
+                other = other * spread * factor_y[piece].to(tl.float32)
+            if FLAGS & 2 != 0:
+                gates = g[piece].to(tl.float32)
+                if FLAGS & 2048 != 0:
+                    gates += g_more[piece].to(tl.float32)
+                other = other * gates
+            one += other
+        if FLAGS & 8 != 0:  # TOTAL
+            tl.store(total + to + at, one.to(total.dtype.element_ty), mask=live & (at < width))
+        sums += one
+        totals += (one,)  # type: ignore[assignment]
+
+    if FLAGS & 16 != 0:  # NORM
+        mean = 0.0
+        if FLAGS & 32 == 0:  # not RMS
+            mean = (tl.sum(sums, axis=1) / width)[:, None]
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for piece in tl.static_range(PIECES):
+            inside = (piece * BLOCK + lane)[None, :] < width
+            squares += tl.where(inside, (totals[piece] - mean) * (totals[piece] - mean), 0)
+        spread = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)[:, None]
+    for piece in tl.static_range(PIECES):
+        at = (piece * BLOCK + lane)[None, :]
+        one = totals[piece]
+        if FLAGS & 16 != 0:
+            one = (one - mean) * spread
+        if FLAGS & 64 != 0:
+            one *= factor[piece].to(tl.float32)
+        if FLAGS & 128 != 0:
+            one += term[piece].to(tl.float32)
+        if FLAGS & 256 != 0:
+            scales = s[piece].to(tl.float32)
+            if FLAGS & 2048 != 0:
+                scales += s_more[piece].to(tl.float32)
+            if FLAGS & 512 != 0:  # ONE
+                scales += 1
+            one *= scales
+        if FLAGS & 1024 != 0:
+            one += t[piece].to(tl.float32)
+            if FLAGS & 2048 != 0:
+                one += t_more[piece].to(tl.float32)
+        tl.store(out + to + at, one.to(out.dtype.element_ty), mask=live & (at < width))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sfast.kernels import modulate, modulate_sums
+from sfast.kernels import modulate
 from tests.kernels.fp64 import assert_close_to_fp64
 
 ops = torch.ops.sfast
@@ -31,7 +32,7 @@ def test_layer_norm(kind, shape, dtype, device, runs_kernel) -> None:
     for affine in ((None, None), (weight, bias)):
         norm = ([shape[-1]], *affine, 1e-6, scale, shift)
         if runs_kernel:
-            assert modulate.takes(modulate._gate_add_layer_norm_modulate(x, y, gate, *norm))
+            assert modulate.takes(modulate.JOBS["gate_add_layer_norm_modulate"](x, y, gate, *norm))
         result = ops.layer_norm_modulate(x, *norm)
         assert_close_to_fp64(result, modulate.layer_norm_modulate_reference, x, *norm)
         for part, result in enumerate(ops.add_layer_norm_modulate(x, y, *norm)):
@@ -55,7 +56,7 @@ def test_rms_norm(shape, dtype, device, runs_kernel) -> None:
     assert_close_to_fp64(ops.gate_rms_norm_add(*inputs), modulate.gate_rms_norm_add_reference, *inputs)
     inputs = (*inputs, weight, 1e-6, scale)
     if runs_kernel:
-        assert modulate.takes(modulate._gate_rms_norm_add_rms_norm_scale(*inputs))
+        assert modulate.takes(modulate.JOBS["gate_rms_norm_add_rms_norm_scale"](*inputs))
     for part, result in enumerate(ops.gate_rms_norm_add_rms_norm_scale(*inputs)):
         assert_close_to_fp64(result, modulate.gate_rms_norm_add_rms_norm_scale_reference, *inputs, part=part)
 
@@ -68,7 +69,7 @@ def test_modulation_in_fp32(kind, dtype, device, runs_kernel) -> None:
     gate, scale, shift = rows(kind, shape, device, torch.float32)
     norm = ([40], torch.randn(40, device=device), torch.randn(40, device=device), 1e-6)
     if runs_kernel:
-        assert modulate.takes(modulate._gate_add_layer_norm_modulate_wide(x, y, gate, *norm, scale, shift))
+        assert modulate.takes(modulate.JOBS["gate_add_layer_norm_modulate_wide"](x, y, gate, *norm, scale, shift))
     for name, part, inputs in [
         ("layer_norm_wide", None, (x, *norm)),
         ("layer_norm_modulate_wide", None, (x, *norm, scale, shift)),
@@ -90,7 +91,7 @@ def test_a_table_and_something_for_every_token(dtype, device, runs_kernel) -> No
     norm = ([C], torch.randn(C, device=device), torch.randn(C, device=device), 1e-6)
     modulation = (tables[1], tokens[1], tables[0], tokens[0])
     if runs_kernel:
-        assert modulate.takes(modulate_sums._layer_norm_modulate_sums(x, *norm, *modulation))
+        assert modulate.takes(modulate.JOBS["layer_norm_modulate_sums"](x, *norm, *modulation))
     for name, part, inputs in [
         ("layer_norm_modulate_sums", None, (x, *norm, *modulation)),
         *(("gate_add_layer_norm_sums", part, (x, y, tables[2], tokens[5], *norm)) for part in (0, 1)),
@@ -100,21 +101,41 @@ def test_a_table_and_something_for_every_token(dtype, device, runs_kernel) -> No
         ),
     ]:
         result = getattr(ops, name)(*inputs)
-        reference = getattr(modulate_sums, f"{name}_reference")
+        reference = getattr(modulate, f"{name}_reference")
         assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
     mixed = (x, *norm, tables[1], tokens[1], tables[0], tokens[0].float())
-    assert not modulate.takes(modulate_sums._layer_norm_modulate_sums(*mixed))  # of two precisions
+    assert not modulate.takes(modulate.JOBS["layer_norm_modulate_sums"](*mixed))  # of two precisions
     torch.testing.assert_close(
-        ops.layer_norm_modulate_sums(*mixed), modulate_sums.layer_norm_modulate_sums_reference(*mixed)
+        ops.layer_norm_modulate_sums(*mixed), modulate.layer_norm_modulate_sums_reference(*mixed)
     )
 
 
 def test_several_rows_to_a_program(device, monkeypatch) -> None:
-    monkeypatch.setattr(modulate, "PROGRAMS", 1)
     x, (gate, scale, shift) = torch.randn(3, 7, 40, device=device), rows("samples", (3, 7, 40), device, torch.float32)
     inputs = (x, x.flip(0), gate, [40], None, None, 1e-6, scale, shift)
     for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
         assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+
+
+def test_rows_are_read_where_a_merged_product_left_them(device) -> None:
+    x, y, _ = torch.randn(2, 5, 3 * 40, device=device).chunk(3, -1)
+    gate, scale, shift = rows("samples", (2, 5, 40), device, torch.float32)
+    assert modulate._as_samples(x).data_ptr() == x.data_ptr()
+    inputs = (x, y, gate, [40], None, None, 1e-6, scale, shift)
+    for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
+        assert result.is_contiguous()
+        assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+    weight = torch.randn(40, device=device)
+    for each in (x, x[0], x[..., ::2].repeat(1, 1, 2), x.view(2, 5, 1, 40).expand(2, 5, 3, 40)):
+        result = ops.rms_norm(each, weight, 1e-6)
+        assert_close_to_fp64(result, lambda each, weight: F.rms_norm(each, weight.shape, weight, 1e-6), each, weight)
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "pieces"), [(3072, 1024, 3), (1536, 512, 3), (1152, 256, 5), (40, 16, 3), (16384, 4096, 4)]
+)
+def test_a_row_is_cut_into_few_pieces_of_which_little_is_idle(width, block, pieces) -> None:
+    assert modulate.tile(width) == (block, pieces)
 
 
 def test_a_nan_spoils_its_own_row_and_no_other(device) -> None:
@@ -129,11 +150,11 @@ def test_what_is_left_to_the_reference(device) -> None:
     x, row = torch.randn(2, 3, 8, device=device), torch.randn(2, 1, 8, device=device)
     norm = ([8], None, None, 1e-6)
     for job in (
-        modulate._layer_norm_modulate(x, *norm, row.half(), row),  # eager's result would be another precision
-        modulate._layer_norm_modulate(x, *norm, row[..., :1], row),
-        modulate._layer_norm_modulate(x, [3, 8], None, None, 1e-6, row, row),
-        modulate._gate_add(x, x[:, :1], row),
-        modulate._gate_add(x[0], x[0], row),  # the sum has more dimensions
+        modulate.JOBS["layer_norm_modulate"](x, *norm, row.half(), row),  # eager's result would be another precision
+        modulate.JOBS["layer_norm_modulate"](x, *norm, row[..., :1], row),
+        modulate.JOBS["layer_norm_modulate"](x, [3, 8], None, None, 1e-6, row, row),
+        modulate.JOBS["gate_add"](x, x[:, :1], row),
+        modulate.JOBS["gate_add"](x[0], x[0], row),  # the sum has more dimensions
     ):
         assert not modulate.takes(job)
     narrow = (x, *norm, row[..., :1], row)

@@ -19,6 +19,7 @@ from sfast.kernels import (
     geglu,
     group_norm_kernels,
     layer_norm,
+    modulate_kernels,
     transpose_layer_norm,
     upsample,
 )
@@ -93,6 +94,19 @@ def test_layer_norm() -> None:
     pointers = dict.fromkeys(["x", "residual", "weight", "bias", "y", "total"], HALF)
     sizes = {"rows": 8192, "every": 4, "width": C, "eps": 1e-5, "flags": 7, "ROWS": 8, "WIDTH": 512, "OVERLAP": True}
     assert widths(ptx(layer_norm._layer_norm_rows, 4, **pointers, **sizes)) == {16, 8}  # 8: weight and bias
+
+
+@pytest.mark.parametrize(("width", "block", "pieces"), [(3072, 1024, 3), (2240, 512, 5), (320, 64, 5)])
+def test_modulation(width, block, pieces) -> None:
+    names = ["x", "y", "weight_y", "gate", "weight", "bias", "scale", "shift", "out", "total"]
+    pointers = dict.fromkeys([*names, "gate_more", "scale_more", "shift_more"], HALF)
+    strides = {f"{name}_batch": 6 * S * width for name in ("x", "y", "gate", "scale", "shift", "more")}
+    strides |= {f"{name}_token": n * width for n, name in enumerate(("gate", "x", "y", "scale", "shift", "more"))}
+    sizes = {"T": S, "blocks": S, "width": width, "eps": 1e-6, "eps_y": 1e-6, "FLAGS": 4095 - modulate_kernels.RMS}
+    tile = {"ROWS": max(1, 256 // block), "BLOCK": block, "PIECES": pieces, "OVERLAP": True}
+    assert widths(
+        ptx(modulate_kernels.modulate_rows, max(1, block // 256), **pointers, **strides, **sizes, **tile)
+    ) == {16}
 
 
 def test_gate_of_geglu() -> None:
