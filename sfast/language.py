@@ -27,7 +27,10 @@ def without_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 def _place_of_cache(forward: Callable[..., Any]) -> int | None:
     """How many positional arguments come before a cache or its switch; None where there is no such choice."""
     try:
-        names = [name for name in inspect.signature(forward).parameters if name != "self"]
+        parameters = [p for name, p in inspect.signature(forward).parameters.items() if name != "self"]
     except (TypeError, ValueError):  # not a function of Python
         return None
-    return min(map(names.index, (CACHE, SWITCH))) if {CACHE, SWITCH} <= {*names} else None
+    places = {parameter.name: place for place, parameter in enumerate(parameters)}
+    if CACHE not in places or not (SWITCH in places or any(p.kind is p.VAR_KEYWORD for p in parameters)):
+        return None
+    return min(places[name] for name in (CACHE, SWITCH) if name in places)

@@ -109,11 +109,12 @@ def pair(device: str) -> tuple[Rotary, Rotary]:
 
 def test_tables_on_the_host(pair: tuple[Rotary, Rotary], device: str, said: Callable[[], list[str]]) -> None:
     eager, compiled = pair
+    atol = 1e-5 if device == "cpu" else 5e-3  # where products may be rounded to TF32
 
     def check(n: int) -> None:
         for _ in range(3):
             x = torch.randn(2, n, 4, device=device)
-            torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=atol)
 
     def both(change: Callable[[Rotary], Any]) -> None:
         for module in pair:
@@ -141,6 +142,6 @@ def test_random_numbers_of_the_host_are_others_at_each_call(said: Callable[[], l
         expected = eager(x)
         torch.manual_seed(seed)
         results.append(compiled(x))
-        torch.testing.assert_close(results[-1], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(results[-1], expected, rtol=0, atol=5e-3)
     assert not torch.equal(results[1], results[2])
     assert "without a CUDA graph" in said()[0]

@@ -31,6 +31,8 @@ def test_who_says_nothing_gets_no_cache() -> None:
         for asked in ({"use_cache": True}, {"use_cache": False}, {"past_key_values": ()}):
             assert without_cache(forward, (1,), asked) is asked
         assert without_cache(forward, (1, None, None, ()), {}) == {}
+    seeing = transformers.LlavaForConditionalGeneration.forward  # hands its keyword arguments on
+    assert without_cache(seeing, (1,), {}) == {"use_cache": False}
     for other in (transformers.CLIPTextModel.forward, transformers.T5EncoderModel.forward, nn.Linear.forward, dict.get):
         assert without_cache(other, (), {}) == {}
 
