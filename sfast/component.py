@@ -135,7 +135,7 @@ class Component(StandIn):
         plain, state.scale = take_scale(type(self.module).forward, kwargs)
         tensors: list[torch.Tensor] = []
         try:
-            structure = flatten((args, plain), tensors)
+            structure = flatten((args, plain), tensors, sizes_on=state.device if self.config.enable_jit else None)
         except UnsupportedStructure as error:
             return self._stay_eager(str(error))
         generation = state.generation

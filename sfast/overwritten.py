@@ -32,7 +32,7 @@ class _Unreadable:
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ReadFirst
 
-    __bool__ = __eq__ = __ne__ = __len__ = __iter__ = __getitem__ = __call__ = __hash__ = _refuse  # type: ignore[assignment]
+    __bool__ = __eq__ = __ne__ = __len__ = __iter__ = __getitem__ = __call__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
 

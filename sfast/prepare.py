@@ -206,7 +206,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
         component.note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
         return known
 
-    def traced(what: str, fusions: list[Any], merge: bool) -> Trace:
+    def traced(what: str, fusions: list[Any], merge: bool, keep_sizes: bool = True) -> Trace:
         recording = call.given.record() if call.given is not None else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(fallback.timed(f"{component.name}: {what}"))
@@ -215,7 +215,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
             if recording is not None:
                 structure = recording.in_arguments(structure)
                 stack.enter_context(recording.in_attributes(state.containers()))
-            made = trace(component.eager, state.own, structure, call.tensors, fusions, merge, recording)
+            made = trace(component.eager, state.own, structure, call.tensors, fusions, merge, recording, keep_sizes)
         if recording is not None:
             recording.check()
         call.recording = recording
@@ -228,7 +228,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
 
     if call.given is not None:  # if they are no inputs after all, each value is traced
         return [*known, (fused, False)]
-    return [*known, (fused, False), (functools.partial(traced, "tracing without fusions", [], False), True)]
+    return [*known, (fused, False), (functools.partial(traced, "tracing without fusions", [], False, False), True)]
 
 
 def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:

@@ -153,7 +153,7 @@ def _asked_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     if func in _CONSTRUCTORS:
         data = kwargs["data"] if "data" in kwargs else args[-1]
         copied = isinstance(data, Tensor) and func in (torch.as_tensor, torch.asarray)  # the trace sees that
-        read = [] if copied else [item for item in _listed(data) if isinstance(item, Tensor)]
+        read = [] if copied else [item for item in listed(data) if isinstance(item, Tensor)]
         return [x.clone() for x in read], read
     x, y = args[0], args[1] if len(args) > 1 else kwargs["other"]
     if func in _CLOSE:
@@ -171,6 +171,6 @@ def _tensor(size: Any) -> Tensor:
     return size if isinstance(size, Tensor) else torch.tensor(size)
 
 
-def _listed(data: Any) -> list[Any]:
+def listed(data: Any) -> list[Any]:
     """The elements of nested lists: `torch.tensor([x.sum(), 1])` reads them."""
-    return [item for part in data for item in _listed(part)] if isinstance(data, (list, tuple)) else [data]
+    return [item for part in data for item in listed(part)] if isinstance(data, (list, tuple)) else [data]

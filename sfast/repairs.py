@@ -27,12 +27,12 @@ class Repairs(TorchFunctionMode):
     - What Python reads out of tensors is noted: see `reads.py`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_sizes: bool = True) -> None:
         super().__init__()
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
         self.reads = Reads()
-        self._sizes = Sizes(self.reads)
+        self._sizes = Sizes(self.reads, keep_sizes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
@@ -45,10 +45,13 @@ class Repairs(TorchFunctionMode):
             args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
             names = ("value", "fill_value", "other")
             kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
-        number = None if kwargs else self._sizes.arithmetic(func, args)
+        kwargs = kwargs or {}
+        number = self._sizes.tensor(func, args, kwargs)
+        if number is None and not kwargs:
+            number = self._sizes.arithmetic(func, args)
         if number is not None:
             return number
-        kwargs = {name: self._sizes.for_tensors(value) for name, value in (kwargs or {}).items()}
+        kwargs = {name: self._sizes.for_tensors(value) for name, value in kwargs.items()}
         return self.reads.call(func, self._sizes.for_tensors(tuple(args)), kwargs)
 
     def __enter__(self) -> Repairs:

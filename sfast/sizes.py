@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfast.patches import is_users
-from sfast.reads import Reads, is_traced_by
+from sfast.reads import Reads, is_traced_by, listed
 
 _MODELS = ("diffusers.models.", "transformers.models.")
 _ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
@@ -35,11 +35,15 @@ _ARITHMETIC = _DIVISIONS.union(
 )
 
 
+_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
+
+
 class Sizes:
     """What Python's functions of numbers do for sizes, between `start` and `stop`, in one thread."""
 
-    def __init__(self, reads: Reads) -> None:
+    def __init__(self, reads: Reads, keep: bool = True) -> None:
         self._reads = reads
+        self._keeps = keep  # or else all that Python makes of sizes are numbers
         self._fractions: dict[int, Tensor] = {}  # of sizes, by their ids
         self._thread = 0
         self._len: Callable[[Any], int] = getattr(builtins.len, "own", builtins.len)
@@ -47,14 +51,16 @@ class Sizes:
     def start(self) -> None:
         """Let rounding, `len` and `int` take sizes; `int` by its name in the files of models."""
         self._thread = threading.get_ident()
-        builtins.len = self._length()
         for name, rounded in _ROUNDING.items():
             setattr(Tensor, name, self._rounding(*rounded))
-        files = [vars(module) for name, module in list(sys.modules.items()) if _is_of_models(name, module)]
-        self._files = [*{id(file): file for file in files}.values()]
-        kind = self._int()
-        for file in self._files:
-            file["int"] = kind
+        self._files: list[dict[str, Any]] = []
+        if self._keeps:
+            builtins.len = self._length()
+            files = [vars(module) for name, module in list(sys.modules.items()) if _is_of_models(name, module)]
+            self._files = [*{id(file): file for file in files}.values()]
+            kind = self._int()
+            for file in self._files:
+                file["int"] = kind
 
     def stop(self) -> None:
         """Leave everything as it was."""
@@ -67,7 +73,7 @@ class Sizes:
 
     def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
         """What an operator gives for numbers that Python would compute with in double precision; None for all others."""
-        if func not in _ARITHMETIC or not all(map(self._is_number, args)):
+        if not self._keeps or func not in _ARITHMETIC or not all(map(self._is_number, args)):
             return None
         if func not in _DIVISIONS and not any([isinstance(x, float) or id(x) in self._fractions for x in args]):
             return None  # integers
@@ -81,6 +87,17 @@ class Sizes:
             self._fractions[id(result)] = result
         return result
 
+    def tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """`torch.tensor` of sizes and numbers, put together by operators; None for everything else."""
+        plain = func in _CONSTRUCTORS and len(args) == 1 and kwargs.keys() <= {"dtype", "device"}
+        parts = listed(args[0]) if plain and self._keeps else []
+        if not any([isinstance(part, Tensor) for part in parts]) or not all(map(self._is_number, parts)):
+            return None
+        whole = not any([isinstance(part, float) or id(part) in self._fractions for part in parts])
+        dtype = kwargs.get("dtype") or (torch.int64 if whole else torch.get_default_dtype())
+        with torch._C.DisableTorchFunction():
+            return _stacked(args[0]).to(kwargs.get("device") or torch.get_default_device(), dtype)
+
     def for_tensors(self, value: Any) -> Any:
         """An operator's argument: fractions of sizes are of the dtype that PyTorch gives them."""
         if not self._fractions:
@@ -88,6 +105,10 @@ class Sizes:
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)([self.for_tensors(item) for item in value])
         return value.to(torch.get_default_dtype()) if id(value) in self._fractions else value
+
+    def has(self, value: Any) -> bool:
+        """Whether a value is a size, or computed from sizes."""
+        return isinstance(value, Tensor) and is_traced_by(self._thread) and self._reads.of_sizes(value)
 
     def _is_number(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
@@ -98,7 +119,7 @@ class Sizes:
 
     def _rounding(self, of_number: Callable[..., Any], of_tensor: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def rounded(x: Tensor, *digits: Any) -> Any:
-            if digits or not is_traced_by(self._thread) or not self._reads.of_sizes(x):
+            if digits or not self._keeps or not is_traced_by(self._thread) or not self._reads.of_sizes(x):
                 return of_number(x.item(), *digits)
             with torch._C.DisableTorchFunction():
                 return of_tensor(x).long()
@@ -119,17 +140,28 @@ class Sizes:
         sizes = self
 
         class Int(int, metaclass=_LikeInt):
+            _sizes = sizes
+
             def __new__(cls, value: Any = 0, *base: Any) -> Any:
-                traced = isinstance(value, Tensor) and is_traced_by(sizes._thread)
-                return math.trunc(value) if traced and sizes._reads.of_sizes(value) else int(value, *base)
+                return math.trunc(value) if sizes.has(value) else int(value, *base)
 
         return Int
 
 
+def _stacked(data: Any) -> Tensor:
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_stacked(part) for part in data])
+    return data.double() if isinstance(data, Tensor) else torch.tensor(data, dtype=torch.float64)
+
+
 class _LikeInt(type):
-    """Makes a class pass for `int` wherever somebody compares with it."""
+    """Makes a class pass for `int` wherever somebody compares with it. A whole size is an instance."""
+
+    _sizes: Sizes
 
     def __instancecheck__(cls, value: Any) -> bool:
+        if isinstance(value, Tensor) and value.dim() == 0 and value.dtype is torch.int64:
+            return cls._sizes.has(value)
         return isinstance(value, int)
 
     def __subclasscheck__(cls, kind: type) -> bool:

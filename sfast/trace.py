@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from sfast import hoist, rewrite
-from sfast.containers import Changes, Contents
-from sfast.decisions import Guard, Sizes
-from sfast.fallback import keeping_exceptions
+from sfast.containers import Changes, ChangesContainers, Contents
+from sfast.decisions import Guard, Sizes, Untraceable
+from sfast.fallback import is_out_of_memory, keeping_exceptions
 from sfast.host import bring_over
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.numbers import Recording
+from sfast.overwritten import ReadFirst
 from sfast.reads import Reads
 from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
@@ -140,6 +141,7 @@ def trace(
     fusions: list[rewrite.Fusion],
     merge: bool = False,
     recording: Recording | None = None,
+    keep_sizes: bool = True,
 ) -> Trace:
     """Trace `forward` at one call and fuse its graph.
 
@@ -150,6 +152,7 @@ def trace(
         fusions: what to fuse, in order; without any the graph stays as it was traced.
         merge: whether to merge linear layers that read the same tensor.
         recording: of the numbers that stand for the values in the last of `tensors`.
+        keep_sizes: whether what Python makes of sizes may stay what the graph computes.
 
     Raises:
         Untraceable: the module calls an operator that takes Python functions of elements.
@@ -158,33 +161,14 @@ def trace(
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
     """
-    output: list[Hashable] = []
-    changes: list[Changes] = []
-    contiguous: list[bool] = []
-
-    def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal own
-        if recording is not None:
-            recording.vector = flat_inputs[-1]
-        args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]))
-        results: list[torch.Tensor] = []
-        before = Contents((args, kwargs))
-        output.append(flatten(forward(*args, **kwargs), results))
-        if not results:
-            raise ValueError("the module returns no tensor")
-        changes.append(before.changes(results))
-        own = len(results)
-        contiguous.extend(result.is_contiguous() for result in results)
-        results += [*reads.values, *reads.sizes]
-        # A result that is an input or a weight itself gets a value of its own in the graph.
-        return tuple([result.view_as(result) for result in results])
-
-    own = 0
-    repairs = Repairs()
-    reads = repairs.reads
     with _tracing_lock, torch.no_grad(), _quiet(), _no_autocast_cache():
-        with repairs, recording or contextlib.nullcontext():
-            graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
+        try:
+            record = _record(forward, weights, call, tensors, recording, keep_sizes)
+        except Exception as error:
+            if not keep_sizes or isinstance(error, _FINAL) or is_out_of_memory(error):
+                raise
+            record = _record(forward, weights, call, tensors, recording, keep_sizes=False)
+        graph, reads, own = record.graph, record.reads, len(record.contiguous)
         torch._C._jit_pass_inline(graph)
         torch._C._jit_pass_lower_all_tuples(graph)
         by_values = range(own, own + len(reads.values))
@@ -199,7 +183,56 @@ def trace(
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         function = _callable(graph.copy())
-    return Trace(graph, function, used, output[0], contiguous, fired, packs, changes[0], guard=guard, sizes=sizes)
+    kept = record.output, record.contiguous, fired, packs, record.changes
+    return Trace(graph, function, used, *kept, guard=guard, sizes=sizes)
+
+
+# What another way of tracing would not change.
+_FINAL = (Untraceable, ChangesContainers, ReadFirst)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Record:
+    """A call as it was traced: the graph's results are the module's, what Python asked of values, and of sizes."""
+
+    graph: Any
+    output: Hashable
+    contiguous: list[bool]
+    changes: Changes
+    reads: Reads
+
+
+def _record(
+    forward: Callable[..., Any],
+    weights: list[torch.Tensor],
+    call: Hashable,
+    tensors: list[torch.Tensor],
+    recording: Recording | None,
+    keep_sizes: bool,
+) -> _Record:
+    """With `keep_sizes`, what Python makes of sizes are sizes; a forward that insists on numbers may raise then."""
+    seen: list[tuple[Hashable, list[bool], Changes]] = []
+
+    def flat(*flat_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if recording is not None:
+            recording.vector = flat_inputs[-1]
+        args, kwargs = unflatten(call, list(flat_inputs[len(weights) :]), int if not keep_sizes else None)
+        results: list[torch.Tensor] = []
+        before = Contents((args, kwargs))
+        output = flatten(forward(*args, **kwargs), results)
+        if not results:
+            raise ValueError("the module returns no tensor")
+        changes = before.changes(results)
+        seen.append((output, [result.is_contiguous() for result in results], changes))
+        results += [*reads.values, *reads.sizes]
+        # A result that is an input or a weight itself gets a value of its own in the graph.
+        return tuple([result.view_as(result) for result in results])
+
+    repairs = Repairs(keep_sizes)
+    reads = repairs.reads
+    with repairs, recording or contextlib.nullcontext():
+        graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
+    return _Record(graph, *seen[0], reads)
 
 
 def _only(graph: Any, places: range, of_sizes: bool = False) -> Any:

@@ -101,6 +101,17 @@ def test_without_verify_a_decision_by_size_is_known_all_the_same(net: Net) -> No
     assert sfast.report(net).traces == 2
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_integers_of_the_caller_are_sizes(net: Net, verify: bool) -> None:
+    eager, compiled = copy.deepcopy(net), sfast.compile(net, CompilationConfig(verify=verify))
+    x = torch.randn(2, 6)
+    for gain in (2, 3, 0, 2):
+        agree(compiled(x, gain=gain), eager(x, gain=gain))
+    assert sfast.report(net).traces == 1
+    agree(compiled(x, gain=True), eager(x, gain=True))  # type: ignore[arg-type]  # a flag is none
+    assert sfast.report(net).traces == 2
+
+
 def test_weights_edited_moved_and_replaced(net: Net) -> None:
     _, compiled = pair(net)
     x = torch.randn(2, 6)
@@ -650,7 +661,7 @@ def test_structures_that_never_repeat_stop_being_traced(net: Net) -> None:
     eager, compiled = pair(net)
     x = torch.randn(2, 6)
     for i in range(MAX_TRACES + 3):
-        agree(compiled(x, gain=i), eager(x, gain=i))
+        agree(compiled(x, gain=-i - 1), eager(x, gain=-i - 1))
     report = sfast.report(net)
     assert report.traces == MAX_TRACES
     assert f"more than {MAX_TRACES}" in report.fallbacks[0][1]
@@ -661,11 +672,11 @@ def test_settings_that_are_used_are_traced_however_many_there_were(net: Net) -> 
     for i in range(MAX_TRACES + 5):
         for n in (2, 3, 2, 3):
             x = torch.randn(n, 6)
-            agree(compiled(x, gain=i), eager(x, gain=i))
+            agree(compiled(x, gain=-i - 1), eager(x, gain=-i - 1))
     report = sfast.report(net)
     assert (report.traces, report.fallbacks) == (MAX_TRACES + 5, [])
     assert len(net.forward.traces) == MAX_TRACES and len(net.forward.plans) == 2 * MAX_TRACES
-    agree(compiled(x, gain=0), eager(x, gain=0))
+    agree(compiled(x, gain=-1), eager(x, gain=-1))
     assert sfast.report(net).traces == MAX_TRACES + 6
 
 
