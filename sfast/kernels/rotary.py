@@ -20,7 +20,8 @@ from sfast.kernels.rotary_kernels import rotate_heads
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 NARROWEST, WIDEST = 16, 256  # heads
-HEADS = 8  # of a program's tile, which shares one row of the table
+HEADS = 8  # of a program's tile
+ELEMENTS = 2048  # of the tile: as many tokens as make that up
 
 # x, a, b [B, T, H, D] with any strides of the first three, or [B, H, T, D], the same in another order: the tables, which have
 # one row for all heads, tell which. weights [D]; cos, sin [.., D]; a complex table [.., D / 2] is cos + i sin of each pair.
@@ -132,7 +133,9 @@ def process(job: Job) -> Tensor:
     T = Ta + (job.second.x.shape[1] if job.second else 0)
     y = a.x.new_empty(B, T, H, D)
     width = triton.next_power_of_2(D)
-    rotate_heads[T, triton.cdiv(H, HEADS), B](
+    tokens = max(1, ELEMENTS // (HEADS * width))
+    blocks = triton.cdiv(Ta, tokens) + triton.cdiv(T - Ta, tokens)
+    rotate_heads[blocks, triton.cdiv(H, HEADS), B](
         *(a.x, b.x, y),
         *(each.x if each.weight is None else each.weight for each in (a, b)),
         *(part for each in (a, b) for part in (each.table[:2] if each.table else (each.x, each.x))),
@@ -141,12 +144,13 @@ def process(job: Job) -> Tensor:
         *(stride for each in (a, b) for stride in _strides(each.table, B)),
         a.table.cos.stride(3) if a.table else 0,
         *(a.eps, b.eps),
+        TOKENS=tokens,
         HEADS=HEADS,
         WIDTH=width,
         NORM=a.weight is not None,
         TABLE=a.table.kind if a.table else "none",
         **launch_options(y.device),
-        num_warps=max(1, min(8, HEADS * width // 256)),
+        num_warps=4,
     )
     return y.transpose(1, 2) if job.turned else y
 

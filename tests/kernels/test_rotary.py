@@ -100,6 +100,14 @@ def test_two_tensors_one_behind_the_other(shape, dtype, device, runs_kernel) -> 
     assert_close_to_fp64(result, rotary.cat_rms_norm_rotary_reference, *first, *second, *twins)
 
 
+def test_many_tokens_of_which_a_program_takes_some(device, monkeypatch) -> None:
+    monkeypatch.setattr(rotary, "ELEMENTS", 4 * rotary.HEADS * 16)  # four tokens: each of the two ends amid a program's
+    a, b = (heads((2, tokens, 3, 16), device, torch.float32) for tokens in (7, 13))
+    inputs = (a, weights(16, device, torch.float32), 1e-6, b, weights(16, device, torch.float32), 1e-2)
+    inputs = (*inputs, *tables(20, 16, device))
+    assert_close_to_fp64(ops.cat_rms_norm_rotary(*inputs), rotary.cat_rms_norm_rotary_reference, *inputs)
+
+
 @dtypes
 def test_values_are_joined_as_they_are(dtype, device, runs_kernel) -> None:
     a, b = heads((2, 2, 3, 16), device, dtype), heads((2, 3, 3, 16), device, dtype)
