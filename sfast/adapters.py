@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
@@ -105,6 +106,7 @@ class Adapters:
                 self._merge(own, read)
             except Exception as error:
                 let_through(error)
+                _forget_frames(error)
                 self.take_out()
                 self._watch([weight for layer in self._layers for weight in layer.base._parameters.values()])
                 self._known = self._checksums.get()
@@ -244,6 +246,16 @@ class Adapters:
                 place = Merged(weight, torch.empty_like(weight.data), lent=False)
         self._merged[id(weight)] = place
         return place
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of everything that whoever raised an error was working with: memory that others look at is not given back."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            with contextlib.suppress(RuntimeError):  # it is still at work
+                frame.clear()
+                _ = frame.f_locals  # before Python 3.13 that is a copy, which forgets, too, when somebody looks
+        error = error.__context__
 
 
 def _base_forward(layer: Adapted, thread: int) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ KNOWN: dict[str, Tiny] = {**TINY, **IMAGES, **VIDEO}
 # kernels on a GPU may round products to TF32.
 TOLERANCES = {"cpu": 2e-5, "cuda": 3e-3}
 TOLERANCE = TOLERANCES["cpu"]
+SAME = 1e-4  # by so much at most, relative to itself, eager differs from eager where nothing has changed
 
 Change = Callable[[Pipeline], Any]
 
@@ -41,6 +42,7 @@ class Twin:
         self.tolerance = TOLERANCES[torch.device(device).type]
         self._make = make or self.tiny.build
         self.pipe = sfast.compile(self.fresh())
+        self._eager: dict[int, tuple[Tensor, Tensor]] = {}  # what was drawn, by its id, and eager's picture of the same
 
     def fresh(self, *changes: Change) -> Pipeline:
         """An eager pipeline that knows nothing but these changes."""
@@ -63,7 +65,29 @@ class Twin:
         assert drawn.shape == expected.shape
         error = relative_error(drawn, expected)
         assert error <= (tolerance or self.tolerance), f"relative error {error:.2g}"
+        self._eager[id(drawn)] = drawn, expected
         return drawn
+
+    def remember(self, drawn: Tensor, like: Tensor) -> None:
+        """This picture is of the same as another one that `draws_as` has returned."""
+        self._eager[id(drawn)] = drawn, self._eager[id(like)][1]
+
+    def tells(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two pictures are different ones: then they must differ in the same way as eager's do.
+
+        What counts is eager's own difference, and how much of it the compiled pipeline shows: all of it, but for rounding,
+        which has no direction; nothing, where a change had no effect. So no device needs a threshold of its own.
+        """
+        right = self._eagers(a).double() - self._eagers(b).double()
+        mine = a.double() - b.double()
+        if right.norm() <= SAME * self._eagers(a).double().norm():
+            return False
+        shown = float((mine * right).sum() / right.square().sum())
+        assert 0.5 < shown < 1.5, f"the compiled pictures show {shown:.0%} of the difference between eager's"
+        return True
+
+    def _eagers(self, drawn: Tensor) -> Tensor:
+        return self._eager.get(id(drawn), (drawn, drawn))[1]
 
     def changed(self, *changes: Change, **call: Any) -> Tensor:
         """Apply changes to the compiled pipeline, too, and draw: `draws_as` for the first time they are made."""
