@@ -59,7 +59,7 @@ class Placement:
 
     def bring_together(self, packs: list[Pack], weights: list[torch.Tensor]) -> None:
         """Move the weights of each pack to one storage, unless they lie there already or are not free to move."""
-        moved = 0
+        moved, began = 0, False
         for pack in packs:
             for places in (pack.weights, pack.biases):
                 group = [weights[i] for i in places]
@@ -68,6 +68,9 @@ class Placement:
                     moved = 0
                 if len(group) < 2 or not _movable(group) or are_adjacent(group):
                     continue
+                if not began and group[0].is_cuda:
+                    torch.cuda.empty_cache()  # a weight in a corner of what the eager call needed would keep all of it
+                    began = True
                 with torch.inference_mode(False), torch.no_grad():
                     together = torch.cat([weight.data for weight in group])
                 for weight, part in zip(group, together.split([weight.shape[0] for weight in group]), strict=True):
