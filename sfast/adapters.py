@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 import threading
 import traceback
 from collections import Counter, defaultdict
@@ -101,12 +102,13 @@ class Adapters:
         """
         if not self.dirty:
             return False
+        handled = sys.exc_info()[1]  # whoever calls may be about to look at it
         with torch.no_grad(), without_collection():
             try:
                 self._merge(own, read)
             except Exception as error:
                 let_through(error)
-                _forget_frames(error)
+                _forget_frames(error, handled)
                 self.take_out()
                 self._watch([weight for layer in self._layers for weight in layer.base._parameters.values()])
                 self._known = self._checksums.get()
@@ -248,9 +250,9 @@ class Adapters:
         return place
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of everything that whoever raised an error was working with: memory that others look at is not given back."""
-    while error is not None:
+def _forget_frames(error: BaseException | None, before: BaseException | None) -> None:
+    """Let go of what whoever raised an error was working with: memory that others look at is not given back."""
+    while error is not None and error is not before:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             with contextlib.suppress(RuntimeError):  # it is still at work
                 frame.clear()
