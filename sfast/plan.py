@@ -12,7 +12,8 @@ import torch
 from sfast.containers import Changes, Contents, repeat
 from sfast.cuda_graph import GraphPool, GraphRunner, Patience
 from sfast.loop import Loop, Watch
-from sfast.numbers import Given, Recording
+from sfast.numbers import Given
+from sfast.recording import Recording
 from sfast.structure import flatten, unflatten
 from sfast.trace import Trace
 

@@ -17,9 +17,10 @@ from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
 from sfast.decisions import Untraceable
 from sfast.kernels import nearby
 from sfast.loop import Watch
-from sfast.numbers import CHECKS, Pinned
+from sfast.numbers import CHECKS
 from sfast.overwritten import ReadFirst, unreadable
 from sfast.plan import EAGER, Call, EagerCall, Plan
+from sfast.recording import Pinned
 from sfast.state import CHANGES_ITSELF
 from sfast.structure import describe_shapes
 from sfast.trace import Trace, trace

@@ -24,12 +24,12 @@ from sfast.decisions import Guard, Sizes, Untraceable
 from sfast.fallback import is_out_of_memory, keeping_exceptions
 from sfast.host import bring_over
 from sfast.merge import NAME, Pack, merge_linears
-from sfast.numbers import Recording
 from sfast.overwritten import ReadFirst
 from sfast.reads import Reads
+from sfast.recording import Recording
 from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
-from sfast.writes import read_by, written_values
+from sfast.writes import outputs_of, read_by, written_values
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
@@ -311,7 +311,7 @@ def _keep_only_results(graph: Any) -> None:
             pending += read_by(value.node())
     if needed.isdisjoint(written_values(graph)):
         for node in reversed(list(graph.nodes())):
-            if needed.isdisjoint([value.unique() for value in node.outputs()]):
+            if needed.isdisjoint([value.unique() for value in outputs_of(node)]):
                 node.destroy()
 
 

@@ -46,7 +46,7 @@ class Trial:
         with _lock:
             if not _running:
                 _assign = torch.nn.Module.__setattr__
-                torch.nn.Module.__setattr__ = _assign_and_tell  # type: ignore[method-assign]
+                torch.nn.Module.__setattr__ = _assign_and_tell
             _running.add(self)
         return self
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig, verify
-from sfast.numbers import CHECKS, Number, Recording
+from sfast.numbers import CHECKS
+from sfast.recording import Number, Recording
 from tests.graphs import Pool, pool
 from tests.test_user_adapters import load_ip_adapters, scaled, with_image_encoder
 from tests.tiny import Pipeline, picture
