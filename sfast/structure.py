@@ -53,7 +53,9 @@ def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | No
         return ("plain", type(value), value)
     kind = type(value)
     if isinstance(value, (tuple, list)):
-        return ("sequence", kind, tuple([flatten(item, tensors, sizes_on) for item in value]))
+        # An integer in a list may be there to be counted up (the place in a cache), which no size can be.
+        on = [None if kind is list and type(item) is int else sizes_on for item in value]
+        return ("sequence", kind, tuple([flatten(item, tensors, where) for item, where in zip(value, on, strict=True)]))
     if isinstance(value, Mapping):  # also diffusers' and transformers' ModelOutput
         if dataclasses.is_dataclass(value) or kind in (dict,) or _takes_pairs(kind):
             items = tuple([(key, flatten(item, tensors, sizes_on)) for key, item in value.items()])
