@@ -10,25 +10,27 @@ from typing import Any
 
 def written_values(graph: Any) -> frozenset[int]:
     """Ids of all values that may share memory with one that an operator writes to."""
-    if not any(writes(node) for node in graph.nodes()):
+    nodes = list(graph.nodes())
+    writers = {i for i, node in enumerate(nodes) if writes(node)}
+    if not writers:
         return frozenset()
     leader: dict[int, int] = {}
 
     def find(key: int) -> int:
-        while leader.get(key, key) != key:
-            key = leader[key]
+        while (above := leader.get(key, key)) != key:
+            leader[key] = leader.get(above, above)
+            key = above
         return key
 
     written = []
-    for node in graph.nodes():
-        if writes(node) or may_alias(node):
-            together = [value.unique() for value in _values(node) if "Tensor" in str(value.type())]
-            written += together[:1] if writes(node) else []
+    for i, node in enumerate(nodes):
+        if i in writers or may_alias(node):
+            together = [value.unique() for value in _values(node) if _may_hold_a_tensor(value)]
+            written += together[:1] if i in writers else []
             for other in together[1:]:
                 leader[find(other)] = find(together[0])
     roots = {find(key) for key in written}
-    values = [v.unique() for node in graph.nodes() for v in (*node.inputs(), *node.outputs())]
-    return frozenset(key for key in values if find(key) in roots) if roots else frozenset()
+    return frozenset(key for key in {*leader, *leader.values(), *written} if find(key) in roots)
 
 
 def writes(node: Any) -> bool:
@@ -41,18 +43,43 @@ def writes(node: Any) -> bool:
 
 def read_by(node: Any) -> list[Any]:
     """What an operator reads, also inside of a loop or branch."""
-    inner = [value for block in node.blocks() for each in (*block.nodes(), block.returnNode()) for value in read_by(each)]
-    return [*node.inputs(), *inner]
+    inner = [
+        value for block in blocks_of(node) for each in (*block.nodes(), block.returnNode()) for value in read_by(each)
+    ]
+    return inputs_of(node) + inner
+
+
+# An iterator of TorchScript's ends with an exception of C++, and takes longer than everything else here.
+
+
+def inputs_of(node: Any) -> list[Any]:
+    """What an operator reads itself."""
+    return [node.inputsAt(i) for i in range(node.inputsSize())]
+
+
+def outputs_of(node: Any) -> list[Any]:
+    """An operator's results."""
+    return [node.outputsAt(i) for i in range(node.outputsSize())]
+
+
+def blocks_of(node: Any) -> list[Any]:
+    """The bodies of a loop, the ways of a branch."""
+    return list(node.blocks()) if node.kind().startswith("prim::") and node.kind() != "prim::Constant" else []
 
 
 def _values(node: Any) -> list[Any]:
-    inner = [value for block in node.blocks() for each in block.nodes() for value in _values(each)]
-    return [*node.inputs(), *node.outputs(), *inner]
+    inner = [value for block in blocks_of(node) for each in block.nodes() for value in _values(each)]
+    return inputs_of(node) + outputs_of(node) + inner
+
+
+def _may_hold_a_tensor(value: Any) -> bool:
+    kind = value.type()
+    return kind.kind() == "TensorType" or "Tensor" in str(kind)
 
 
 def may_alias(node: Any) -> bool:
     if node.kind().startswith("prim::"):
         lists = ("prim::ListConstruct", "prim::ListUnpack", "prim::TupleConstruct", "prim::TupleUnpack")
-        return node.kind() in lists or any(True for _ in node.blocks())
+        return node.kind() in lists or bool(blocks_of(node))
     schema = node.schema()
     return not schema or "(a" in schema.rsplit("->", 1)[-1]
