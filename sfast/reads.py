@@ -35,7 +35,11 @@ _EQUAL = frozenset((Tensor.equal, torch.equal))
 _CLOSE = frozenset((Tensor.allclose, torch.allclose))
 _CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
 _SQUEEZE = frozenset((Tensor.squeeze, Tensor.squeeze_, torch.squeeze))  # how many dimensions there are is baked in
-_ASK_THEMSELVES = _EQUAL | _CLOSE | _CONSTRUCTORS | _SQUEEZE
+_SPLIT = frozenset((Tensor.split, torch.split, Tensor.unsafe_split, torch.unsafe_split))
+_CHUNK = frozenset((Tensor.chunk, torch.chunk, Tensor.unsafe_chunk, torch.unsafe_chunk))
+_UNBIND = frozenset((Tensor.unbind, torch.unbind))
+_PIECES = _SPLIT | _CHUNK | _UNBIND  # and how many pieces
+_ASK_THEMSELVES = _PIECES | _EQUAL | _CLOSE | _CONSTRUCTORS | _SQUEEZE
 
 
 class Reads:
@@ -150,6 +154,8 @@ def _asked_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     if func in _SQUEEZE:
         x, dims = args[0], (kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else range(args[0].dim()))
         return [_tensor(x.shape[dim]) == 1 for dim in (dims if isinstance(dims, (tuple, range)) else [dims])], []
+    if func in _PIECES:
+        return _pieces(func, *args, **kwargs), []
     if func in _CONSTRUCTORS:
         data = kwargs["data"] if "data" in kwargs else args[-1]
         copied = isinstance(data, Tensor) and func in (torch.as_tensor, torch.asarray)  # the trace sees that
@@ -165,6 +171,18 @@ def _asked_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     )
     # Their sizes are asked for beside their values, so that one function computes all there is to ask.
     return [alike, torch.eq(x, y).all()] if x.shape == y.shape else [alike], [x, y]
+
+
+def _pieces(func: Any, x: Tensor, *args: Any, dim: int | None = None, **kwargs: Any) -> list[Tensor]:
+    """How many pieces a tensor is cut into."""
+    by = None if func in _UNBIND else args[0] if args else next(iter(kwargs.values()))
+    rest = args if func in _UNBIND else args[1:]
+    size = _tensor(x.shape[rest[0] if rest else dim or 0])
+    if isinstance(by, (list, tuple)):
+        return []
+    if by is not None and func in _CHUNK:
+        by = (size + by - 1) // by
+    return [size if by is None else (size + by - 1) // by]
 
 
 def _tensor(size: Any) -> Tensor:
