@@ -21,7 +21,7 @@ from sfast.kernels.triton_or_none import triton, triton_takes
 
 NARROWEST, WIDEST = 16, 256  # heads
 HEADS = 8  # of a program's tile
-ELEMENTS = 2048  # of the tile: as many tokens as make that up
+ELEMENTS, WARPS = 2048, 4  # of the tile: as many tokens as make that up
 
 # x, a, b [B, T, H, D] with any strides of the first three, or [B, H, T, D], the same in another order: the tables, which have
 # one row for all heads, tell which. weights [D]; cos, sin [.., D]; a complex table [.., D / 2] is cos + i sin of each pair.
@@ -150,7 +150,7 @@ def process(job: Job) -> Tensor:
         NORM=a.weight is not None,
         TABLE=a.table.kind if a.table else "none",
         **launch_options(y.device),
-        num_warps=4,
+        num_warps=WARPS,
     )
     return y.transpose(1, 2) if job.turned else y
 
