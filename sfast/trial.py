@@ -76,8 +76,9 @@ class Trial:
                 if len(place) != len(before) or (self.alone and any(map(operator.is_not, place, before))):
                     place[:] = before
             elif isinstance(place, set):
-                place.intersection_update(before)
-                place.update(before)
+                if place != before:  # else its order, which is looked at, might become another one
+                    place.intersection_update(before)
+                    place.update(before)
             elif len(place) != len(before) or any([place.get(name) is not value for name, value in before.items()]):
                 self._undo_in(owner, place, before)
 

@@ -184,3 +184,22 @@ def test_a_submodule_of_another_class_is_another_version() -> None:
     assert state.version == before + 1
     state.refresh()
     assert state.version == before + 1
+
+
+def test_what_a_trial_takes_back_is_all_that_it_touches() -> None:
+    module, _ = _state()
+    module[1].names, module[1].log, module[1].cache = {f"name {i}" for i in range(20)}, [], {}
+    state = ModuleState(module)
+    with state.trial() as trial:
+        pass
+    trial.undo()
+    state.refresh()
+    assert state.generation == 0
+    with state.trial() as trial:
+        module[1].factor = 1.0
+        module[1].names.add("another")
+        module[1].log.append(1)
+        module[1].cache["key"] = 2
+    trial.undo()
+    assert not hasattr(module[1], "factor") and len(module[1].names) == 20
+    assert (module[1].log, module[1].cache) == ([], {})
