@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sfast.writes import written_values
+from sfast.writes import blocks_of, inputs_of, outputs_of, written_values
 
 # Nothing less is worth a graph of its own.
 WORTHWHILE = frozenset(
@@ -51,22 +51,22 @@ def _early(graph: Any, nodes: list[Any], weights: int, stable: frozenset[int]) -
         if place < weights or place - weights in stable:
             early[value.unique()] = place >= weights
     for node in nodes:
-        inputs = [value.unique() for value in node.inputs()]
-        if any(True for _ in node.blocks()):
+        inputs = [value.unique() for value in inputs_of(node)]
+        if blocks_of(node):
             continue  # a loop or branch also reads values that are not among its inputs
-        if not written.isdisjoint([*inputs, *[value.unique() for value in node.outputs()]]):
+        if not written.isdisjoint([*inputs, *[value.unique() for value in outputs_of(node)]]):
             continue
         if all(key in early for key in inputs):
             depends = any(early[key] for key in inputs)
-            early.update((value.unique(), depends) for value in node.outputs())
+            early.update((value.unique(), depends) for value in outputs_of(node))
     return early
 
 
 def _frontier(graph: Any, nodes: list[Any], early: dict[int, bool]) -> set[int]:
     """Ids of the early tensors that the rest of the graph reads."""
     inputs = {value.unique() for value in graph.inputs()}
-    late = [node for node in nodes if any(value.unique() not in early for value in node.outputs())]
-    pending = [value for node in (*late, graph.return_node()) for value in node.inputs()]
+    late = [node for node in nodes if any(value.unique() not in early for value in outputs_of(node))]
+    pending = [value for node in (*late, graph.return_node()) for value in inputs_of(node)]
     sizes = _computed_from_sizes(nodes)
     frontier: set[int] = set()
     seen: set[int] = set()
@@ -80,7 +80,7 @@ def _frontier(graph: Any, nodes: list[Any], early: dict[int, bool]) -> set[int]:
             frontier.add(key)
         else:
             # Sizes, lists, and what weights alone decide: made again in the body, out of what they are made of.
-            pending += value.node().inputs()
+            pending += inputs_of(value.node())
     return frontier
 
 
@@ -88,9 +88,9 @@ def _computed_from_sizes(nodes: list[Any]) -> set[int]:
     """Ids of the 0-dimensional tensors on the CPU in which a trace computes with sizes."""
     sizes: set[int] = set()
     for node in nodes:
-        inputs = [value for value in node.inputs() if value.node().kind() != "prim::Constant"]
+        inputs = [value for value in inputs_of(node) if value.node().kind() != "prim::Constant"]
         if node.kind() == "prim::NumToTensor" or (inputs and all(value.unique() in sizes for value in inputs)):
-            sizes.update(value.unique() for value in node.outputs())
+            sizes.update(value.unique() for value in outputs_of(node))
     return sizes
 
 
@@ -102,7 +102,7 @@ def _prologue(graph: Any, places: list[tuple[int, int]]) -> Any:
     for node, output in places:
         prologue.registerOutput(nodes[node].outputsAt(output))
     for node in reversed(nodes):  # also those that write: what they write to is not hoisted
-        if not any(value.uses() for value in node.outputs()):
+        if not any(value.uses() for value in outputs_of(node)):
             node.destroy()
     return prologue
 

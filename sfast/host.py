@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sfast.kernels.op import LIBRARY
+from sfast.writes import blocks_of, outputs_of
 
 OPERATOR = "sfast::bring_over"
 # Where the overloads of `aten::to` take the device and the dtype.
@@ -29,7 +30,7 @@ def bring_over(graph: Any, weights: int) -> None:
         weights: how many inputs of the graph, the first ones, are the module's own.
     """
     nodes = list(graph.nodes())
-    if any(_is_on_host(value) for node in nodes if node.isNondeterministic() for value in node.outputs()):
+    if any(_is_on_host(value) for node in nodes if node.isNondeterministic() for value in outputs_of(node)):
         return  # random numbers are others at each call
     own = {value.unique() for value in list(graph.inputs())[:weights]}
     for node in nodes:
@@ -68,7 +69,7 @@ def _is_known_before(value: Any, own: set[int]) -> bool:
         if node.kind() == "prim::Param" and value.unique() not in own:
             return False
         if node.kind() not in _READ_SIZES:
-            if _is_on_host(value) is False or any(True for _ in node.blocks()):
+            if _is_on_host(value) is False or blocks_of(node):
                 return False
             pending += [node.inputsAt(i) for i in range(node.inputsSize())]
     return True

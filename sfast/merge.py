@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sfast.writes import written_values
+from sfast.writes import inputs_of, outputs_of, written_values
 
 NAME = "linear_together"
 MAX_BYTES = 256 * 2**20  # of weights in one product: so much memory is taken for the moment of moving them
@@ -33,7 +33,7 @@ def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
     written = written_values(graph)  # between two layers they may change
     groups: dict[Any, list[Any]] = defaultdict(list)
     for node in [each for kind in ("aten::linear", "sfast::linear") for each in graph.findAllNodes(kind, False)]:
-        x, weight, bias = node.inputs()
+        x, weight, bias = inputs_of(node)
         has_bias = str(bias.type()) != "NoneType"
         known = weight.unique() in places and (not has_bias or bias.unique() in places)
         read = {x.unique(), weight.unique(), bias.unique()}
@@ -58,7 +58,7 @@ def _parts(nodes: list[Any], places: dict[int, int], weights: list[torch.Tensor]
     parts: list[list[Any]] = [[]]
     size = 0
     for node in nodes:
-        own = [weights[places[value.unique()]] for value in node.inputs() if value.unique() in places]
+        own = [weights[places[value.unique()]] for value in inputs_of(node) if value.unique() in places]
         more = sum(weight.numel() * weight.element_size() for weight in own)
         if size + more > MAX_BYTES:
             parts.append([])
@@ -88,6 +88,6 @@ def _replace(graph: Any, nodes: list[Any], has_bias: bool) -> None:
     together.insertBefore(first)
     unpack = graph.create("prim::ListUnpack", [together.output()], len(nodes))
     unpack.insertBefore(first)
-    for node, result in zip(nodes, unpack.outputs(), strict=True):
+    for node, result in zip(nodes, outputs_of(unpack), strict=True):
         node.output().replaceAllUsesWith(result)
         node.destroy()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sfast.writes import may_alias, writes, written_values
+from sfast.writes import inputs_of, may_alias, outputs_of, writes, written_values
 
 
 def normalize(graph: Any) -> None:
@@ -48,7 +48,7 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         kind = node.kind()
         if kind not in _IDENTITIES:
             continue
-        inputs = list(node.inputs())
+        inputs = inputs_of(node)
         constants = [value.toIValue() if is_constant(value) else _COMPUTED for value in inputs]
         if kind == "aten::slice":
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
@@ -78,7 +78,7 @@ def _is_one(constant: Any) -> bool:
 
 
 def _keeps_dtype(node: Any) -> bool:
-    before, after = next(node.inputs()).type(), node.output().type()
+    before, after = node.inputsAt(0).type(), node.output().type()
     known = before.kind() == after.kind() == "TensorType" and before.dtype() is not None
     return known and before.dtype() == after.dtype()
 
@@ -116,7 +116,7 @@ def _interleaved(node: Any, writers: list[Any]) -> int | None:
     whole = node.output().type()
     dims: list[int] = []
     for start, writer in enumerate(writers):
-        numbers = [value.toIValue() if is_constant(value) else None for value in list(writer.inputs())[1:]]
+        numbers = [value.toIValue() if is_constant(value) else None for value in inputs_of(writer)[1:]]
         uses = [use.user for use in writer.output().uses()]
         if numbers[1:] != [start, _WHOLE, 2] or len(uses) != 1 or uses[0].kind() != "aten::copy_":
             return None
@@ -143,17 +143,15 @@ def _sum_parts(graph: Any) -> None:
             continue
         unpack = users[0]
         parts = []
-        for value in list(total.inputs())[:2]:
+        for value in inputs_of(total)[:2]:
             cast = value.node() if value.node().kind() == "aten::to" and value.node().inputsSize() == 5 else None
-            chunk = graph.create(
-                "aten::chunk", [value if cast is None else cast.inputsAt(0), *list(node.inputs())[1:]], 1
-            )
+            chunk = graph.create("aten::chunk", [value if cast is None else cast.inputsAt(0), *inputs_of(node)[1:]], 1)
             chunk.output().setType(torch._C.ListType.ofTensors())
             pieces = graph.create("prim::ListUnpack", [chunk.output()], unpack.outputsSize())
             chunk.insertBefore(unpack)
             pieces.insertBefore(unpack)
-            parts.append([_converted(graph, piece, cast, unpack) for piece in pieces.outputs()])
-        for old, a, b in zip(unpack.outputs(), *parts, strict=True):
+            parts.append([_converted(graph, piece, cast, unpack) for piece in outputs_of(pieces)])
+        for old, a, b in zip(outputs_of(unpack), *parts, strict=True):
             piece = graph.create("aten::add", [a, b, total.inputsAt(2)], 1)
             piece.insertBefore(unpack)
             old.replaceAllUsesWith(piece.output())
@@ -164,7 +162,7 @@ def _sum_parts(graph: Any) -> None:
 def _converted(graph: Any, piece: Any, cast: Any | None, before: Any) -> Any:
     if cast is None:
         return piece
-    converted = graph.create("aten::to", [piece, *list(cast.inputs())[1:]], 1)
+    converted = graph.create("aten::to", [piece, *inputs_of(cast)[1:]], 1)
     converted.insertBefore(before)
     return converted.output()
 
@@ -173,7 +171,7 @@ def _spreads_a_table(total: Any) -> bool:
     """Whether a value that one operator reads is the sum of [.., n, C], the same for all tokens, and [B, T, n, C]."""
     if total.kind() != "aten::add" or total.inputsSize() != 3 or len(total.output().uses()) != 1:
         return False
-    kinds = [total.output().type(), *(value.type() for value in list(total.inputs())[:2])]
+    kinds = [total.output().type(), *(value.type() for value in inputs_of(total)[:2])]
     known = [kind.sizes() if kind.kind() == "TensorType" else None for kind in kinds]
     sizes = [size for size in known if size is not None and len(size) == 4]
     if len(sizes) != 3:
@@ -198,7 +196,7 @@ def _name_convolutions(graph: Any) -> None:
     for node in list(graph.nodes()):
         if node.kind() != "aten::_convolution":
             continue
-        values = list(node.inputs())
+        values = inputs_of(node)
         stride, transposed, output_padding = (
             value.toIValue() if is_constant(value) else None for value in (values[3], values[6], values[7])
         )
@@ -216,7 +214,7 @@ def _name_views(graph: Any) -> None:
     written = written_values(graph)  # what is written to must stay a view
     for node in list(graph.nodes()):
         if node.kind() == "aten::view" and "dtype" not in node.schema() and node.output().unique() not in written:
-            renamed = graph.create("aten::reshape", list(node.inputs()), 1)
+            renamed = graph.create("aten::reshape", inputs_of(node), 1)
             renamed.insertBefore(node)
             node.output().replaceAllUsesWith(renamed.output())
             node.destroy()
@@ -264,10 +262,10 @@ def _drop_reunions(graph: Any) -> None:
 def _reunited(cat: Any) -> Any | None:
     """The tensor that was cut into exactly the pieces that an operator joins, if there is one."""
     tensors = cat.inputsAt(0).node()
-    pieces = [value.node() for value in tensors.inputs()] if tensors.kind() == "prim::ListConstruct" else []
+    pieces = [value.node() for value in inputs_of(tensors)] if tensors.kind() == "prim::ListConstruct" else []
     if len(pieces) < 2 or any(piece.kind() != "aten::slice" for piece in pieces):
         return None
-    whole, *rest = [list(piece.inputs()) for piece in pieces]
+    whole, *rest = [inputs_of(piece) for piece in pieces]
     source, dim, start, end, step = whole
     if not all(map(is_constant, (dim, start, step, cat.inputsAt(1)))) or start.toIValue() not in (0, None):
         return None

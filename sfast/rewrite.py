@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sfast.normalize import is_constant, normalize
-from sfast.writes import may_alias, writes, written_values
+from sfast.writes import blocks_of, inputs_of, may_alias, outputs_of, writes, written_values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,8 +179,11 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
         return
     if other.outputsSize() != node.outputsSize():
         return
-    bound = {**bound, **dict(zip(_ids(node.outputs()), other.outputs(), strict=True))}  # a result may be its sibling
-    wanted_inputs, inputs = list(node.inputs()), list(other.inputs())
+    bound = {
+        **bound,
+        **dict(zip(_ids(outputs_of(node)), outputs_of(other), strict=True)),
+    }  # a result may be its sibling
+    wanted_inputs, inputs = inputs_of(node), inputs_of(other)
     orders = [inputs]
     if _commutes(other, inputs):
         orders.append([inputs[1], inputs[0], *inputs[2:]])
@@ -216,12 +219,12 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
     nodes = sorted(distinct.values(), key=functools.cmp_to_key(_before))
     sums = _sums_asked_for_size(nodes, results)
     kept = _kept(nodes, results, fusion.shared)
-    left = [value for node in kept for value in node.outputs()]
+    left = [value for node in kept for value in outputs_of(node)]
     if _read_outside(nodes, [*results, *left], sums) or not unsafe.isdisjoint(_ids([*arguments, *inner])):
         return False
     known = set(_ids(results))
-    moved = [node for node in kept if not known.isdisjoint(_ids(node.inputs()))]
-    place = _place(nodes, arguments, [*results, *[value for node in moved for value in node.outputs()]], unsafe)
+    moved = [node for node in kept if not known.isdisjoint(_ids(inputs_of(node)))]
+    place = _place(nodes, arguments, [*results, *[value for node in moved for value in outputs_of(node)]], unsafe)
     if place is None:
         return False
     for value in sums:
@@ -233,7 +236,7 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
             number = graph.insertConstant(value.toIValue())
             number.node().moveBefore(fused)
             fused.replaceInput(i, number)
-    for old, new in zip(results, fused.outputs(), strict=True):
+    for old, new in zip(results, outputs_of(fused), strict=True):
         old.replaceAllUsesWith(new)
     last = fused
     for node in moved:
@@ -252,9 +255,9 @@ def _kept(nodes: list[Any], results: list[Any], kinds: frozenset[str]) -> list[A
     kept = [
         node
         for node in nodes
-        if node.kind() in kinds and any(_id(use.user) not in own for value in node.outputs() for use in value.uses())
+        if node.kind() in kinds and any(_id(use.user) not in own for value in outputs_of(node) for use in value.uses())
     ]
-    return [node for node in kept if gone.isdisjoint(value.unique() for value in node.inputs())]
+    return [node for node in kept if gone.isdisjoint(value.unique() for value in inputs_of(node))]
 
 
 def _before(a: Any, b: Any) -> int:
@@ -267,7 +270,7 @@ def _id(node: Any) -> int:
 
 def _read_outside(nodes: list[Any], results: list[Any], sums: list[Any]) -> bool:
     own, allowed = {_id(node) for node in nodes}, {*_ids(results), *_ids(sums)}
-    inner = [value for node in nodes for value in node.outputs() if value.unique() not in allowed]
+    inner = [value for node in nodes for value in outputs_of(node) if value.unique() not in allowed]
     return any(_id(use.user) not in own for value in inner for use in value.uses())
 
 
@@ -289,7 +292,7 @@ def _operands(value: Any, own: set[int]) -> list[Any]:
         if _id(source.node()) not in own:
             operands.append(source)
         elif source.node().kind() == "aten::add":
-            pending += [each for each in source.node().inputs() if str(each.type()) == "Tensor"]
+            pending += [each for each in inputs_of(source.node()) if str(each.type()) == "Tensor"]
         else:
             return []
     return operands
@@ -334,10 +337,10 @@ def _can_come_before(place: Any, node: Any, own: set[int], unsafe: frozenset[int
         return False  # it would wait for itself
     if node.kind() == "prim::Param" or node.isBefore(place) or _id(node) in later:
         return True
-    fixed = node.isNondeterministic() or writes(node) or any(True for _ in node.blocks())
-    if fixed or not unsafe.isdisjoint(_ids([*node.inputs(), *node.outputs()])):
+    fixed = node.isNondeterministic() or writes(node) or bool(blocks_of(node))
+    if fixed or not unsafe.isdisjoint(_ids([*inputs_of(node), *outputs_of(node)])):
         return False
-    if not all(_can_come_before(place, value.node(), own, unsafe, later) for value in node.inputs()):
+    if not all(_can_come_before(place, value.node(), own, unsafe, later) for value in inputs_of(node)):
         return False
     later[_id(node)] = node
     return True
