@@ -71,6 +71,7 @@ class Sizes:
     weights: list[int]  # places in the weight list of those it reads
     tensors: list[int]  # places among the call's tensors of those it reads
     answers: list[Any]
+    cheap: bool  # to ask: it takes few operators
 
     def fit(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
         """Whether Python is told the same at the shapes of another call; None where it takes more than sizes to tell."""

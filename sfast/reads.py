@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.decisions import DecidesByValue, depends_on_values
@@ -39,6 +40,8 @@ _SPLIT = frozenset((Tensor.split, torch.split, Tensor.unsafe_split, torch.unsafe
 _CHUNK = frozenset((Tensor.chunk, torch.chunk, Tensor.unsafe_chunk, torch.unsafe_chunk))
 _UNBIND = frozenset((Tensor.unbind, torch.unbind))
 _PIECES = _SPLIT | _CHUNK | _UNBIND  # and how many pieces
+# What these ask of sizes decides nothing but whether they raise; a UNet has a hundred of them.
+_ONLY_REFUSE = frozenset((F.group_norm, F.instance_norm, F.batch_norm))
 _ASK_THEMSELVES = _PIECES | _EQUAL | _CLOSE | _CONSTRUCTORS | _SQUEEZE
 
 
@@ -90,6 +93,9 @@ class Reads:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call PyTorch's function `func`, which may ask, too, without one of the methods."""
+        if func in _ONLY_REFUSE:
+            with self._noting():
+                return func(*args, **kwargs)
         if func in _ASK_THEMSELVES:
             with self._noting():
                 self._note(*_asked_by(func, args, kwargs))

@@ -31,6 +31,8 @@ from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
 from sfast.writes import outputs_of, read_by, written_values
 
+FEW = 512  # operators that tell what sizes decide; it takes as many calls of PyTorch at each new shape
+
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
 
@@ -54,8 +56,13 @@ class Trace:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
         return self._finish(_interpret(self.function, [*[weights[i] for i in self.used_weights], *tensors]))
 
-    def fits(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
-        """Whether Python goes the traced way at the shapes of a call, as far as sizes decide that; None if nobody knows."""
+    def fits(self, weights: list[torch.Tensor], tensors: list[torch.Tensor], checked: bool = False) -> bool | None:
+        """Whether Python goes the traced way at the shapes of a call, as far as sizes decide that; None if nobody knows.
+
+        Where the result is `checked` anyway, nothing is asked that would take as long as the call itself.
+        """
+        if self.sizes is not None and checked and not self.sizes.cheap:
+            return None
         return self.sizes is None or self.sizes.fit(weights, tensors)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
@@ -274,7 +281,8 @@ def _guard(asked: Any, reads: Reads, count: int) -> Guard:
 def _sizes(asked: Any, reads: Reads, count: int) -> Sizes:
     """What Python asked for of sizes, as a function of tensors without memory: nothing is computed but sizes."""
     _to_meta(asked)
-    return Sizes(*_function_of_few(asked, count), [size.tolist() for size in reads.sizes])
+    cheap = len(list(asked.nodes())) <= FEW
+    return Sizes(*_function_of_few(asked, count), [size.tolist() for size in reads.sizes], cheap)
 
 
 def _function_of_few(graph: Any, count: int) -> tuple[Callable[..., list[torch.Tensor]], list[int], list[int]]:
