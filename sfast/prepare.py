@@ -33,6 +33,7 @@ Candidate = tuple[Callable[[], Trace | EagerCall], bool]  # and whether it is th
 
 MAX_PLANS = 1024  # shapes and structures remembered for one module; older ones are prepared again
 MAX_TRACES = 32  # for one module; a structure that never repeats must not be traced for ever
+MAX_DISTURBED = 16  # first calls of one module that others may have disturbed
 USES = 3  # of a trace on average: then the oldest makes room for new ones
 
 
@@ -55,7 +56,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
     if check is not None and check.refused is not None:
         return _give_up(component, call, call.key, check.refused, check)
     if check is not None and check.disturbed():
-        return _try_again(component, check)
+        return _try_again(component, call, check)
 
     failure = f"there are {MAX_TRACES} traces already, none of them for these values of its arguments"
     for candidate, last_resort in _candidates(component, call):
@@ -117,14 +118,18 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
         failure = error
         launch.drop(plan)
     if check is not None and check.disturbed():
-        return _try_again(component, check)
+        return _try_again(component, call, check)
     if call.given is not None:
         component.numbers.pin(call.given)
         return _without_numbers(component, call, check)
     return _give_up(component, call, call.key, f"at {describe_shapes(call.tensors)}: {failure}", check)
 
 
-def _try_again(component: Component, check: verify.Check) -> Any:
+def _try_again(component: Component, call: Call, check: verify.Check) -> Any:
+    why = "others change it in the middle of its first calls, again and again"
+    component.doubts[why] += 1
+    if component.doubts[why] > MAX_DISTURBED:
+        return _give_up(component, call, call.key, why, check)
     fallback.logger.debug("%s: others have changed it meanwhile: the next call is tried anew", component.name)
     return check.give_back()
 
@@ -150,7 +155,7 @@ def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check |
             fallback.let_through(exception)
             error = fallback.reason(exception)
         if check.disturbed():
-            return _try_again(component, check)
+            return _try_again(component, call, check)
         if error is None:
             call.given.variant.checks += 1
             component.numbers.keep(call.exact, call.given)
@@ -235,7 +240,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
 def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
     """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
     known = [traced for traced in reversed(component.traces.get(call.signature, [])) if isinstance(traced, Trace)]
-    fit = {traced: traced.fits(component.state.weights, call.tensors) for traced in known}
+    fit = {traced: traced.fits(component.state.weights, call.tensors, component.config.verify) for traced in known}
     return [traced for traced in known if fit[traced] or (fit[traced] is None and component.config.verify)]
 
 

@@ -41,12 +41,15 @@ def main() -> int:
 
 
 def summary(result: Run) -> str:
-    slowest = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.times.most_common(8))
+    slowest, phases = (
+        ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.most_common(8))
+        for times in (result.times, result.phases)
+    )
     compiled = result.draws - result.python
     return (
         f"{len(result.done)} operations: {result.draws} draws, {compiled} of them without Python's denoiser; "
         f"in {result.raised} eager raised, and {result.flat} were flat; largest error {result.largest:.1e}; "
-        f"slowest: {slowest}"
+        f"slowest: {slowest}; of all that: {phases}"
     )
 
 

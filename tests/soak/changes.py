@@ -221,7 +221,7 @@ def _no_picture(pipe: DiffusionPipeline) -> dict[str, Any] | None:
 # Moves.
 
 
-@operation(weight=2)
+@operation(weight=1)
 def dtype(pair: Pair, rng: random.Random) -> str:
     kinds = {
         "cpu": ("float32", "float32", "bfloat16", "float64"),
@@ -232,7 +232,7 @@ def dtype(pair: Pair, rng: random.Random) -> str:
     return str(to)
 
 
-@operation(weight=2, devices=("cuda",))
+@operation(weight=0.5, devices=("cuda",))
 def device_there_and_back(pair: Pair, rng: random.Random) -> None:
     before = pair.dtype
     pair.both(lambda pipe: pipe.to("cpu", torch.float32))
@@ -265,7 +265,7 @@ def offloaded(pair: Pair, rng: random.Random) -> str:
 # Copies.
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def deep_copy(pair: Pair, rng: random.Random) -> str:
     """The copy is an ordinary pipeline; sometimes it takes the place of the one it was made of."""
     copied = copy.deepcopy(pair.compiled)
@@ -280,7 +280,7 @@ def deep_copy(pair: Pair, rng: random.Random) -> str:
     return "compiled and kept"
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def pickled(pair: Pair, rng: random.Random) -> str:
     part = rng.choice(("unet", "vae", "text_encoder"))
 
@@ -307,7 +307,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@operation(weight=1.5)
+@operation(weight=0.7)
 def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     changed = rng.choice(CONFIGS)
     pair.config = CompilationConfig(**changed, graph_memory_budget=GRAPHS)
@@ -315,7 +315,7 @@ def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     return str(changed)
 
 
-@operation(weight=1)
+@operation(weight=0.5)
 def restored(pair: Pair, rng: random.Random) -> str:
     """Bit for bit what eager has, and compiled again or left like that until something compiles it."""
     sfast.restore(pair.compiled)

@@ -12,6 +12,8 @@ import functools
 import logging
 import math
 import re
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,8 +43,8 @@ class Disagreement(AssertionError):
 class Pair:
     """The eager pipeline, the compiled one, and how both are called at the moment."""
 
-    def __init__(self, original: StableDiffusionPipeline, denoiser_calls: list[int]) -> None:
-        self._original, self._denoiser_calls = original, denoiser_calls
+    def __init__(self, original: StableDiffusionPipeline, denoiser_calls: list[int], seconds: Counter[str]) -> None:
+        self._original, self._denoiser_calls, self.seconds = original, denoiser_calls, seconds
         self.originals = {name: copy.deepcopy(part.state_dict()) for name, part in modules(original).items()}
         self.seed = 0  # of the noise
         self.error = 0.0  # the largest since it was set to 0
@@ -88,10 +90,13 @@ class Pair:
     def compare(self, draw: Draw, dtype: torch.dtype | None = None) -> None:
         """Both must draw the same. `dtype` is what they compute in if it is not what they are."""
         torch.manual_seed(self.seed)
+        started = time.perf_counter()
         expected = outcome(draw, self.eager)
+        self.seconds["eager pictures"] += time.perf_counter() - started
         torch.manual_seed(self.seed)
-        calls = self._denoiser_calls[0]
+        calls, started = self._denoiser_calls[0], time.perf_counter()
         drawn = outcome(draw, self.compiled)
+        self.seconds["compiled pictures, and what comes first"] += time.perf_counter() - started
         self._alike(expected, drawn)
         self.draws += 1
         self.raised += isinstance(expected, Exception)
@@ -228,15 +233,22 @@ def denoiser_calls() -> Iterator[list[int]]:
         UNet2DConditionModel.forward = forward
 
 
-class Listener(logging.Handler):
-    """Hears what sfast logs, each line once for each operation: also what it has said before."""
+TOOK = re.compile(r"(?:.*: )?(.*) took ([0-9.]+) s")
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+
+class Listener(logging.Handler):
+    """Hears what sfast logs, each line once for each operation: also what it has said before; and how long things took."""
+
+    def __init__(self, phases: Counter[str]) -> None:
+        super().__init__(logging.DEBUG)
         self.lines: list[str] = []
+        self._phases = phases
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self.lines.append(record.getMessage())
+        elif took := TOOK.fullmatch(record.getMessage()):
+            self._phases[took[1].strip()] += float(took[2])
 
     def heard(self) -> list[str]:
         """The lines since the last time."""
@@ -246,14 +258,16 @@ class Listener(logging.Handler):
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Listener]:
-    """sfast's lines come here, and do not end up on the terminal."""
-    logger, listener = fallback.logger, Listener()
-    before = logger.propagate
+def listening(phases: Counter[str]) -> Iterator[Listener]:
+    """sfast's lines come here, and do not end up on the terminal; `phases` gets the seconds that it says things took."""
+    logger, listener = fallback.logger, Listener(phases)
+    before = logger.propagate, logger.level
     logger.addHandler(listener)
     logger.propagate = False
+    logger.setLevel(logging.DEBUG)
     try:
         yield listener
     finally:
         logger.removeHandler(listener)
-        logger.propagate = before
+        logger.propagate = before[0]
+        logger.setLevel(before[1])

@@ -25,7 +25,7 @@ from tests.soak import adapters, calls, changes, companions, faults  # noqa: F40
 from tests.soak.operation import OPERATIONS, Step, unexpected
 from tests.soak.pair import Disagreement, Pair, denoiser_calls, listening
 
-SAMPLE_EVERY = 10  # operations
+SAMPLE_EVERY = 20  # operations
 MIB = 2**20
 
 
@@ -59,6 +59,7 @@ class Run:
     failure: str | None = None  # of the last step
     memory: list[Memory] = field(default_factory=list)
     times: Counter[str] = field(default_factory=Counter)  # seconds by operation
+    phases: Counter[str] = field(default_factory=Counter)  # seconds by what took them
     largest: float = 0.0  # relative error
     draws: int = 0
     python: int = 0  # draws with which the compiled denoiser's Python ran
@@ -87,8 +88,8 @@ def run(
 ) -> Run:
     """Do the steps to a new pair of pipelines, and stop at the first failure. `tell` gets a line for each."""
     result, operations = Run(), {known.name: known for known in OPERATIONS}
-    with listening() as listener, faults.own_cache(), _quiet(), denoiser_calls() as counted:
-        pair = Pair(original, counted)
+    with listening(result.phases) as listener, faults.own_cache(), _quiet(), denoiser_calls() as counted:
+        pair = Pair(original, counted, result.phases)
         gc.collect()
         gc.freeze()  # what is there stays: looking through it at every sample takes longer than the operations
         try:
@@ -114,7 +115,9 @@ def run(
                 if result.failure is not None:
                     break
                 if place % SAMPLE_EVERY == 0:
+                    started = time.perf_counter()
                     result.memory.append(Memory.now())
+                    result.phases["looking at memory"] += time.perf_counter() - started
         finally:
             gc.unfreeze()
     result.draws, result.python, result.raised, result.flat = pair.draws, pair.python, pair.raised, pair.flat
