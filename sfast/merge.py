@@ -1,8 +1,10 @@
 """Linear layers that read the same tensor become one operator, and their weights neighbours in memory.
 
 Not a pattern like the fusions: any number of layers may read one tensor. The layers of one group must have weights of
-one width, and all or none of them a bias; a group of very large weights becomes several operators. What reads an input
-of the graph directly stays as it is: if it is a prompt, it leaves the loop anyway.
+one width, and all or none of them a bias; a group of very large weights becomes several operators. A layer that is large
+and wide by itself (the modulations of a diffusion transformer, six times wider than what they read) keeps a GPU busy alone:
+merging it would save nothing and move all of its memory. What reads an input of the graph directly stays as it is: if it
+is a prompt, it leaves the loop anyway.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from sfast.writes import inputs_of, outputs_of, written_values
 
 NAME = "linear_together"
+ENOUGH_BYTES, ENOUGH_WIDENING = 16 * 2**20, 4  # of a weight: as large, and as much wider than what it reads
 MAX_BYTES = 256 * 2**20  # of weights in one product: so much memory is taken for the moment of moving them
 
 
@@ -37,7 +40,8 @@ def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
         has_bias = str(bias.type()) != "NoneType"
         known = weight.unique() in places and (not has_bias or bias.unique() in places)
         read = {x.unique(), weight.unique(), bias.unique()}
-        if known and x.node().kind() != "prim::Param" and written.isdisjoint(read):
+        alone = known and _is_enough(weights[places[weight.unique()]])
+        if known and not alone and x.node().kind() != "prim::Param" and written.isdisjoint(read):
             groups[x.unique(), has_bias].append(node)
     packs = []
     taken: set[int] = set()
@@ -51,6 +55,10 @@ def merge_linears(graph: Any, weights: list[torch.Tensor]) -> list[Pack]:
         packs.append(pack)
         _replace(graph, nodes, has_bias)
     return packs
+
+
+def _is_enough(weight: torch.Tensor) -> bool:
+    return weight.nbytes >= ENOUGH_BYTES and weight.shape[0] >= ENOUGH_WIDENING * weight.shape[1]
 
 
 def _parts(nodes: list[Any], places: dict[int, int], weights: list[torch.Tensor]) -> list[list[Any]]:

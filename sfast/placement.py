@@ -15,9 +15,6 @@ from sfast.kernels.linear_together import are_adjacent
 from sfast.merge import Pack
 
 RELEASE_BYTES = 256 * 2**20  # of moved weights, whose old memory is then given back: no other pack would fit into it
-SHARES_SEGMENT = range(
-    2**20 + 1, 10 * 2**20
-)  # bytes; PyTorch's allocator puts several blocks of these into one segment
 
 
 class Placement:
@@ -64,7 +61,7 @@ class Placement:
             for places in (pack.weights, pack.biases):
                 group = [weights[i] for i in places]
                 if moved > RELEASE_BYTES:
-                    _give_back(weights)
+                    torch.cuda.empty_cache()
                     moved = 0
                 if len(group) < 2 or not _movable(group) or are_adjacent(group):
                     continue
@@ -79,7 +76,7 @@ class Placement:
                     self._packed[id(weight)] = weight
                 moved += together.nbytes if together.is_cuda else 0
         if moved > RELEASE_BYTES // 8:
-            _give_back(weights)
+            torch.cuda.empty_cache()
 
     def undo(self) -> None:
         """Every weight has a storage of its own again, in its old memory format; but for those that others look at."""
@@ -136,32 +133,6 @@ def _movable(group: list[torch.Tensor]) -> bool:
         )
         and owned_alone(group)
     )
-
-
-def _give_back(weights: list[torch.Tensor]) -> None:
-    """Return to the driver what moved weights have left behind.
-
-    Only whole segments can be returned, and a weight that stayed keeps the segment that it shares. So these close the
-    gaps: the last in memory take the first gaps, which is where the allocator puts a copy of the same size.
-    """
-    stayed = [
-        weight
-        for weight in weights
-        if type(weight) is torch.nn.Parameter and weight.is_cuda and weight.nbytes in SHARES_SEGMENT
-    ]
-    without_gap: set[int] = set()  # sizes
-    for weight in sorted(stayed, key=torch.Tensor.data_ptr, reverse=True):
-        if weight.nbytes in without_gap or weight.is_inference() or not owned_alone([weight]):
-            continue
-        reserved = torch.cuda.memory_reserved(weight.device)
-        copy = weight.data.clone()
-        if torch.cuda.memory_reserved(weight.device) > reserved:
-            without_gap.add(weight.nbytes)
-            del copy
-            torch.cuda.empty_cache()
-        elif copy.data_ptr() < weight.data_ptr():
-            _move(weight, copy)
-    torch.cuda.empty_cache()
 
 
 def _move(weight: torch.nn.Parameter, to: torch.Tensor) -> None:

@@ -122,6 +122,30 @@ def test_a_large_group_is_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert sfast.report(compiled).fusions["linear_together"] == 2  # and the fifth alone
 
 
+def test_layers_that_are_large_and_wide_alone_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "ENOUGH_BYTES", 4 * 8 * 32)
+    square, wide = [nn.Linear(8, 8, False) for _ in range(2)], [nn.Linear(8, 32, False) for _ in range(2)]
+    modules = nn.ModuleList([*square, *wide])
+    inputs = torch.randn(3, 8)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = modules
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.sin()
+            return torch.cat([layer(x) for layer in self.layers], -1)
+
+    net = Net().eval().requires_grad_(False)
+    places = [layer.weight.data_ptr() for layer in wide]
+    right = net(inputs)
+    sfast.compile(net)
+    torch.testing.assert_close(net(inputs), right)
+    assert sfast.report(net).fusions["linear_together"] == 1  # the square ones
+    assert [layer.weight.data_ptr() for layer in wide] == places
+
+
 def test_what_reads_an_input_is_left_for_hoisting() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
