@@ -16,6 +16,7 @@ from sfast.writes import inputs_of, may_alias, outputs_of, writes, written_value
 
 def normalize(graph: Any) -> None:
     """Spell every idea in one way, so that one pattern finds it."""
+    torch._C._jit_pass_dce(graph)  # who only asks for sizes that nobody wants is no reader
     _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
     _interleave(graph)
     _sum_parts(graph)

@@ -224,7 +224,14 @@ def _replace(graph: Any, fusion: Fusion, pattern: _Pattern, match: dict[int, Any
         return False
     known = set(_ids(results))
     moved = [node for node in kept if not known.isdisjoint(_ids(inputs_of(node)))]
-    place = _place(nodes, arguments, [*results, *[value for node in moved for value in outputs_of(node)]], unsafe)
+    behind = [*results, *[value for node in moved for value in outputs_of(node)]]
+    place = _place(nodes, arguments, behind, unsafe)
+    if place is None:  # an argument may wait for no more than the size of a result: that of the next block's modulation
+        own = set(distinct)
+        asked = [value for value in results if _is_asked_for_size(value, own) and _operands(value, own)]
+        for value in asked:
+            _ask_operands_for_size(graph, value, nodes)
+        place = _place(nodes, arguments, behind, unsafe) if asked else None
     if place is None:
         return False
     for value in sums:
@@ -284,15 +291,22 @@ def _sums_asked_for_size(nodes: list[Any], results: list[Any]) -> list[Any]:
     return asked if all(_operands(value, own) for value in asked) else []
 
 
+def _is_asked_for_size(value: Any, own: set[int]) -> bool:
+    """Whether a value is a sum, and an operator outside of the match reads its size."""
+    users = [use.user for use in value.uses() if _id(use.user) not in own]
+    return value.node().kind() == "aten::add" and any(user.kind() == "aten::size" for user in users)
+
+
 def _operands(value: Any, own: set[int]) -> list[Any]:
-    """The tensors outside of the match that a matched sum adds up; none if it adds what only the match computes."""
+    """The tensors outside of the match that a matched sum is made of; none if it adds what only the match computes."""
     operands, pending = [], [value]
     while pending:
         source = pending.pop()
         if _id(source.node()) not in own:
             operands.append(source)
-        elif source.node().kind() == "aten::add":
-            pending += [each for each in inputs_of(source.node()) if str(each.type()) == "Tensor"]
+        elif source.node().kind() in ("aten::add", "aten::mul"):
+            tensors = [each for each in inputs_of(source.node()) if str(each.type()) == "Tensor"]
+            pending += [each for each in tensors if not _is_number(each)]
         else:
             return []
     return operands
@@ -311,7 +325,7 @@ def _ask_operands_for_size(graph: Any, value: Any, nodes: list[Any]) -> None:
     unpack = graph.create("prim::ListUnpack", [broadcast.output()], len(operands))
     unpack.insertAfter(broadcast)
     for use in list(value.uses()):
-        if _id(use.user) not in own:
+        if _id(use.user) not in own and use.user.kind() == "aten::size":
             use.user.replaceInputWith(value, unpack.outputsAt(0))
 
 

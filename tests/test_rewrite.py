@@ -12,6 +12,7 @@ from sfast.fusions.conv2d import CONV2D_ADD, CONV2D_ADD_SILU
 from sfast.fusions.group_norm import ADD_GROUP_NORM_SILU, GROUP_NORM_SILU
 from sfast.fusions.layer_norm import ADD_LAYER_NORM
 from sfast.fusions.linear import LINEAR_ADD, LINEAR_SILU
+from sfast.fusions.modulate import GATE_ADD_LAYER_NORM_MODULATE
 from sfast.fusions.video import SHIFT_TRANSPOSE_LAYER_NORM
 from sfast.normalize import normalize
 from sfast.rewrite import Fusion
@@ -100,6 +101,22 @@ def test_a_sum_that_vanishes_has_its_size_asked_of_its_operands() -> None:
     for inputs in [(torch.randn(9, 4, 8), torch.randn(9, 1, 8)), (torch.randn(3, 1, 8), torch.randn(1, 7, 8))]:
         for result, wanted in zip(traced.run([], list(inputs)), forward(*inputs), strict=True):
             torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+def test_a_modulation_that_waits_for_the_size_of_the_residual() -> None:
+    def forward(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + gate[:, None] * y
+        scale, shift = rows.reshape(total.shape[0], 2, -1).chunk(2, dim=1)
+        return F.layer_norm(total, [8]) * (1 + scale) + shift, total
+
+    def make(batch: int) -> tuple[Tensor, ...]:
+        return torch.randn(batch, 3, 8), torch.randn(batch, 3, 8), torch.randn(batch, 8), torch.randn(batch, 16)
+
+    traced = fused(forward, *make(2), fusions=[GATE_ADD_LAYER_NORM_MODULATE])
+    assert traced.fusions == {"gate_add_layer_norm_modulate": 1}
+    for inputs in (make(2), make(5)):
+        for result, wanted in zip(traced.run([], list(inputs)), forward(*inputs), strict=True):
+            torch.testing.assert_close(result, wanted)
 
 
 def test_a_residual_that_is_a_convolution_itself() -> None:
