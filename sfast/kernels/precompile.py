@@ -51,7 +51,8 @@ def _start_triton() -> None:
     try:
         with timed("starting Triton (in the background)"):
             _logged(mend)  # before anybody opens a file of the cache
-            driver = threading.Thread(target=_logged, args=(_build_driver,), daemon=True)
+            name = "sfast: building Triton's driver"
+            driver = threading.Thread(target=_logged, args=(_build_driver,), name=name, daemon=True)
             driver.start()
             for step in (_import_compiler, _hash_triton):
                 _logged(step)
