@@ -229,10 +229,11 @@ class Component(StandIn):
     def remember(self, call: Call, plan: Plan, traced: Trace | EagerCall) -> None:
         """This is how such calls run."""
         self.plans[call.key] = plan
+        new = not any(traced in known for known in self.traces.values())
         known = self.traces.setdefault(call.signature, [])
         if traced not in known:
             known.append(traced)
-            self.traced += isinstance(traced, Trace)
+            self.traced += new and isinstance(traced, Trace)
         if call.given is not None:
             call.given.variant.checks += 1
             self.numbers.keep(call.exact, call.given, call.recording)

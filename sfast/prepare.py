@@ -239,9 +239,17 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
 
 def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
     """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
-    known = [traced for traced in reversed(component.traces.get(call.signature, [])) if isinstance(traced, Trace)]
+    known = [traced for traced in _of_the_same_answers(component, call) if isinstance(traced, Trace)]
     fit = {traced: traced.fits(component.state.weights, call.tensors, component.config.verify) for traced in known}
     return [traced for traced in known if fit[traced] or (fit[traced] is None and component.config.verify)]
+
+
+def _of_the_same_answers(component: Component, call: Call) -> list[Trace | EagerCall]:
+    """The traces of calls at which Python was told the same, newest first; then it may have asked fewer questions."""
+    kind, answers = call.signature[:4], call.signature[4]
+    same = [signature for signature in component.traces if signature[:4] == kind]  # type: ignore[index]
+    same = [signature for signature in same if answers[: len(signature[4])] == signature[4]]  # type: ignore
+    return [*dict.fromkeys(traced for signature in reversed(same) for traced in reversed(component.traces[signature]))]
 
 
 def _make_room_for_a_plan(component: Component) -> None:

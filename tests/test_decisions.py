@@ -199,3 +199,12 @@ def test_two_masks_in_turn_are_each_looked_at_once() -> None:
         masks[1].fill_(True)
         torch.testing.assert_close(model(X, masks[1]), _expected(model, X, masks[1]))
         assert looks == [True]
+
+
+def test_a_call_that_returns_finds_its_trace_though_more_is_asked_by_now() -> None:
+    model = _compiled(lambda y, mask: y * 2 if mask.all() else y * int(mask.sum()))
+    masks = [torch.tensor([True] * 3), torch.tensor([True, False, True])]
+    with torch.no_grad():
+        for mask in (*masks, *masks, masks[0].clone()):
+            torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
+    assert (sfast.report(model).traces, sfast.report(model).fallbacks) == (2, [])
