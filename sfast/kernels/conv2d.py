@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels import choice, conv2d_depthwise, conv2d_few, nearby
-from sfast.kernels.native_ops import native_conv2d_takes
+from sfast.kernels.native_ops import native_conv2d_takes, own_kernels_run_on
 from sfast.kernels.op import define
 
 # All of these: x [N, C, H, W], weight [K, C / groups, R, S], bias [K], residual [N, K, P, Q] -> [N, K, P, Q].
@@ -131,6 +131,11 @@ def _define_conv2d(name: str, reference: Callable[..., Tensor], activation: str)
     def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         if name == "conv2d_bias" and conv2d_few.takes(x, weight, bias, *rest):
             return torch.ops.sfast.conv2d_few(x, weight, bias, *rest)
+        if name == "conv2d_silu" and _is_product(x, weight, *rest) and own_kernels_run_on(x):
+            question, layer = conv2d_depthwise.ask(name, x, weight, bias, *rest)
+            return choice.fastest(
+                question, {"native": native, "product": _multiply}, x, weight, bias, *rest, layer=layer
+            )
         if rest[-1] == 1:
             return native(x, weight, bias, *rest)
         ways: dict[str, choice.Way] = {"PyTorch's": reference}  # of groups
@@ -153,6 +158,19 @@ def _define_conv2d(name: str, reference: Callable[..., Tensor], activation: str)
         launch=launch,
         fake=reference,
     )
+
+
+def _is_product(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> bool:
+    """Whether a convolution multiplies every pixel, and no neighbours, with one matrix."""
+    return groups == 1 and list(weight.shape[2:]) == [1, 1] and stride == [1, 1] and padding == [0, 0]
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """silu of what `_is_product` says yes to, as a linear layer of pixels: its kernels have an epilogue for SiLU."""
+    product: Tensor = torch.ops.sfast.linear_silu(x.movedim(1, -1), weight.flatten(1), bias)
+    return product.movedim(-1, 1)
 
 
 _define_conv2d("conv2d_bias", conv2d_bias_reference, "none")

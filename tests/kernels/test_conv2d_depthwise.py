@@ -63,30 +63,46 @@ def test_several_strips_and_pieces(device, runs_kernel, monkeypatch) -> None:
     assert_close_to_fp64(result, conv2d_depthwise.conv2d_silu_gate_reference, *inputs)
 
 
-def test_of_groups_the_fastest_is_taken_and_pytorch_is_among_them(device, monkeypatch) -> None:
-    asked: list[list[str]] = []
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """The ways among which is chosen; all of them run, and agree."""
+    questions: list[list[str]] = []
 
     def ask(question: str, ways: dict[str, Any], *inputs: Any, layer: Any = None) -> Tensor:
-        asked.append(list(ways))
+        questions.append(list(ways))
         results = [way(*inputs) for way in ways.values()]
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=2e-2, atol=2e-2)
+            assert result.stride() == results[0].stride()
         return results[-1]
-
-    monkeypatch.setattr(choice, "fastest", ask)
-    x = torch.randn(2, 16, 6, 5).to(device, torch.float16, memory_format=torch.channels_last)
-    weight, bias = torch.randn(16, 8, 3, 3).to(x), torch.randn(16).to(x)
-    monkeypatch.setattr(conv2d, "native_conv2d_takes", lambda *tensors: True)
 
     def native(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
         convolved = conv2d.conv2d_bias_reference(x, weight, bias, *rest[:-1])
-        return convolved if residual is None else convolved + residual
+        convolved = convolved if residual is None else convolved + residual
+        return torch.nn.functional.silu(convolved) if rest[-1] == "silu" else convolved
 
+    monkeypatch.setattr(choice, "fastest", ask)
     monkeypatch.setattr(conv2d.nearby, "conv2d", native)
-    geometry = ([1, 1], [1, 1], [1, 1], 2)
+    monkeypatch.setattr(conv2d, "native_conv2d_takes", lambda *tensors: True)
+    monkeypatch.setattr(conv2d, "own_kernels_run_on", lambda x: True)
+    return questions
+
+
+def test_of_groups_the_fastest_is_taken_and_pytorch_is_among_them(device, asked) -> None:
+    x = torch.randn(2, 16, 6, 5).to(device, torch.float16, memory_format=torch.channels_last)
+    weight, bias, geometry = torch.randn(16, 8, 3, 3).to(x), torch.randn(16).to(x), ([1, 1], [1, 1], [1, 1], 2)
     ops.conv2d_bias(x, weight, bias, *geometry)
     ops.conv2d_add(x, weight, bias, x, *geometry)
     assert asked == [["PyTorch's", "native"]] * 2
+
+
+def test_silu_of_a_product_is_asked_of_linear_layers_too(device, asked) -> None:
+    x = torch.randn(2, 16, 6, 5).to(device, torch.float16, memory_format=torch.channels_last)
+    weight, bias, geometry = torch.randn(24, 16, 1, 1).to(x), torch.randn(24).to(x), ([1, 1], [0, 0], [1, 1], 1)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        ops.conv2d_silu(x, weight.contiguous(memory_format=layout), bias, *geometry)
+    ops.conv2d_silu(x, weight, bias, [2, 2], *geometry[1:])  # only some pixels
+    assert asked == [["native", "product"]] * 2
 
 
 def test_what_is_left_to_the_reference(device) -> None:
