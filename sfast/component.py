@@ -145,9 +145,7 @@ class Component(StandIn):
             if state.generation == generation:
                 return ahead.result()
             ahead.take_back()
-        if state.version != self._version:
-            self._forget()  # another computation: what was traced for the one before is never asked again
-            self._version = state.version
+        self._keep_up()
         if state.adapters.dirty:
             with fallback.timed(f"{self.name}: merging adapters"):
                 state.merge_adapters()
@@ -163,6 +161,16 @@ class Component(StandIn):
         if plan is None or plan.waits_no_longer():
             return prepare(self, call)
         return EAGER if plan.call is None else self.run(plan, call)
+
+    def _keep_up(self) -> None:
+        if self.state.version != self._version:
+            self._forget()  # another computation: what was traced for the one before is never asked again
+            self._version = self.state.version
+
+    def look_again(self, call: Call) -> Call:
+        """A call as it is after the module has changed."""
+        self._keep_up()
+        return self._look_at(call.args, call.kwargs, call.structure, call.tensors[: None if call.given is None else -1])
 
     def run(self, plan: Plan, call: Call) -> Any:
         """A call's result, by a plan that has proved right; or `EAGER`."""

@@ -53,6 +53,8 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
     component.lay_out()
     if check is None and component.config.verify:
         check = _check(component, call)
+    if component.state.key() != call.exact[2]:
+        return prepare(component, component.look_again(call), check)  # eager has filled a cache
     if check is not None and check.refused is not None:
         return _give_up(component, call, call.key, check.refused, check)
     if check is not None and check.disturbed():

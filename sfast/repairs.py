@@ -21,6 +21,7 @@ class Repairs(TorchFunctionMode):
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
     - What Python makes of sizes are sizes: see `sizes.py`.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
+    - `x[i:j] = y` spreads `y` by itself: the tracer would note the sizes of both as numbers.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
       which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
@@ -46,6 +47,8 @@ class Repairs(TorchFunctionMode):
             names = ("value", "fill_value", "other")
             kwargs = {k: int(v) if k in names and isinstance(v, bool) else v for k, v in (kwargs or {}).items()}
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__setitem__" and isinstance(args[2], torch.Tensor) and _is_basic(args[1]):
+            return self._write(*args)
         number = self._sizes.tensor(func, args, kwargs)
         if number is None and not kwargs:
             number = self._sizes.arithmetic(func, args)
@@ -53,6 +56,12 @@ class Repairs(TorchFunctionMode):
             return number
         kwargs = {name: self._sizes.for_tensors(value) for name, value in kwargs.items()}
         return self.reads.call(func, self._sizes.for_tensors(tuple(args)), kwargs)
+
+    def _write(self, x: torch.Tensor, index: Any, value: torch.Tensor) -> None:
+        part = self.reads.call(torch.Tensor.__getitem__, (x, index), {})
+        while value.dim() > part.dim():  # by dimensions of one in front
+            value = value[0]
+        part.copy_(value)
 
     def __enter__(self) -> Repairs:
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
@@ -84,6 +93,12 @@ def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
         return call(module, *args, **kwargs)
 
     return call_forward if call is torch.nn.Module._wrapped_call_impl else call
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index gives a view."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(type(part) is int or part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
 
 
 def _is_size(repeats: Any = None, **_: Any) -> bool:

@@ -159,6 +159,39 @@ def test_what_takes_more_than_sizes_is_for_the_check_to_tell() -> None:
             assert torch.equal(model(x), Scaled(forward)(x))
 
 
+def test_what_is_written_into_a_part_is_spread_at_every_size() -> None:
+    def forward(x: Tensor) -> Tensor:
+        ids = torch.zeros(*x.shape, 3)
+        ids[..., 0] = torch.arange(x.shape[0])[:, None]
+        ids[..., 1] = x[None]
+        ids[1:, -1, 2] = 7
+        ids[None, :, :1] = torch.ones(1, 1, x.shape[0], 1, 1)
+        return ids
+
+    traced = _trace(forward, torch.randn(4, 3))
+    for shape in ((4, 3), (3, 4), (6, 2), (1, 5)):
+        x = torch.randn(shape)
+        assert torch.equal(traced.run([], [x])[0], forward(x))
+
+
+def test_a_cache_that_the_first_call_fills_costs_no_second_trace() -> None:
+    class Cached(Scaled):
+        table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(3.0)
+            return super().forward(x) * self.table
+
+    eager = Cached(torch.sin)
+    for verify in (True, False):
+        model = sfast.compile(Cached(torch.sin), sfast.CompilationConfig(verify=verify))
+        for n in (2, 2, 5):
+            x = torch.randn(n, 3)
+            torch.testing.assert_close(model(x), eager(x))
+        assert sfast.report(model).traces == 1
+
+
 def test_a_forward_that_insists_on_numbers_gets_them() -> None:
     def forward(x: Tensor, n: int) -> Tensor:
         return x * {4: 0.5, 5: 0.25}[int(n)] + {3: 1.0, 2: 2.0}[len(x)]  # a size is no key
