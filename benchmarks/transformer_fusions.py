@@ -141,6 +141,14 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         table = randn(1, T, 128).float().view(1, T, 1, 128)
         return randn(1, T, 24 * 128).view(1, T, 24, 128), table.cos()[..., ::2], table.sin()[..., 1::2]
 
+    def normed() -> tuple:
+        _, cos, sin = turned()
+        return *rows(), [24, -1], cos, sin
+
+    both = rotary.rms_norm_heads_rotary_pairs_reference
+    yield Case(
+        "rms_norm_heads_rotary_pairs", f"1x{T}x24x128", ops.rms_norm_heads_rotary_pairs, both, normed, 2 * T * C, 0
+    )
     reference = rotary.rotary_pairs_reference
     yield Case("rotary_pairs", f"1x{T}x24x128", ops.rotary_pairs, reference, turned, 2 * T * C, 0)
 

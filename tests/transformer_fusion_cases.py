@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.fusion_cases import GB, GW, Case, V, twice
 
 TEXT, TOKENS, TURN = torch.randn(2, 4, 3, 8), torch.randn(2, 5, 3, 8), torch.randn(1, 5, 1, 8)  # B, T, H, D; angles
+WIDE_WEIGHT = torch.randn(24)
 ROW, WIDE = torch.randn(2, 1, 8), torch.randn(8, 16)
 
 
@@ -140,6 +141,13 @@ TRANSFORMER_CASES = [
         twice(lambda x, a: _normed(x), lambda m: _rotated_as_complex(m, TURN)),
         lambda x, a: _rotated_as_complex(_normed(x, power=4), a),
         (TOKENS, TURN),
+    ),
+    Case(
+        "rms_norm_heads_rotary_pairs",
+        lambda x, a: _rotated_pairs(_normed(x, WIDE_WEIGHT).unflatten(2, (3, -1)), a),
+        twice(lambda x, a: _normed(x, WIDE_WEIGHT).unflatten(2, (3, -1)), lambda m: _rotated_pairs(m, TURN)),
+        lambda x, a: _rotated_pairs(_normed(x, WIDE_WEIGHT, power=4).unflatten(2, (3, -1)), a),
+        (TOKENS.flatten(2), TURN),
     ),
     Case(
         "cat_rms_norm",

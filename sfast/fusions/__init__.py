@@ -49,6 +49,7 @@ from sfast.fusions.rotary import (
     CAT_RMS_NORM_ROTARY_COMPLEX,
     CAT_TOKENS,
     RMS_NORM,
+    RMS_NORM_HEADS_ROTARY_PAIRS,
     RMS_NORM_ROTARY,
     RMS_NORM_ROTARY_COMPLEX,
     ROTARY,
@@ -73,6 +74,7 @@ FUSIONS: list[Fusion] = [
     CAT_RMS_NORM_ROTARY_COMPLEX,
     RMS_NORM_ROTARY,
     RMS_NORM_ROTARY_COMPLEX,
+    *RMS_NORM_HEADS_ROTARY_PAIRS,
     CAT_RMS_NORM,
     *LAYER_NORM_WIDE,  # before the others, which would leave the conversions; the longest first
     *MODULATE_SUMS,  # made of the operators before

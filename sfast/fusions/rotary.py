@@ -85,6 +85,19 @@ def _rms_norm_rotary_complex(x: Tensor, weight: Tensor, eps: float, table: Tenso
     return torch.ops.sfast.rotary_complex(_norm(x, weight, eps), table)
 
 
+def _rms_norm_heads_rotary_pairs(
+    x: Tensor, weight: Tensor, eps: float, sizes: list[int], cos: Tensor, sin: Tensor
+) -> Any:
+    return torch.ops.sfast.rotary_pairs(_norm(x, weight, eps).unflatten(2, sizes), cos, sin)
+
+
+def _rms_norm_heads_rotary_pairs_converted(
+    x: Tensor, weight: Tensor, eps: float, sizes: list[int], cos: Tensor, sin: Tensor
+) -> Any:
+    heads = _norm(x, weight, eps).unflatten(2, sizes)
+    return torch.ops.sfast.rotary_pairs(heads, cos, sin).type_as(heads)  # once more
+
+
 def _cat_rms_norm(
     a: Tensor, weight_a: Tensor, eps_a: float, b: Tensor, weight_b: Tensor, eps_b: float, dim: int
 ) -> Tensor:
@@ -116,6 +129,15 @@ _COS_BOTH = torch.randn(1, 6, 1, 8)
 
 RMS_NORM_ROTARY = Fusion("rms_norm_rotary", _rms_norm_rotary, (*_A, _COS, _COS + 1), needs=_NEEDS)
 RMS_NORM_ROTARY_COMPLEX = Fusion("rms_norm_rotary_complex", _rms_norm_rotary_complex, (*_A, _TABLE), needs=_NEEDS)
+RMS_NORM_HEADS_ROTARY_PAIRS = [
+    Fusion(
+        "rms_norm_heads_rotary_pairs",
+        spelling,
+        (torch.randn(2, 3, 40), torch.randn(40), _EPS, [5, -1], _COS[..., ::2], _COS[..., 1::2] + 1),
+        needs=_NEEDS,
+    )
+    for spelling in (_rms_norm_heads_rotary_pairs_converted, _rms_norm_heads_rotary_pairs)  # the longer first
+]
 CAT_RMS_NORM = Fusion("cat_rms_norm", _cat_rms_norm, (*_A, *_B, 2), needs=_NEEDS)
 CAT_RMS_NORM_ROTARY = Fusion(
     "cat_rms_norm_rotary", _cat_rms_norm_rotary, (*_A, *_B, _COS_BOTH, _COS_BOTH + 1), needs=_NEEDS

@@ -20,6 +20,7 @@ from sfast.kernels.rotary_kernels import rotate_heads
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 NARROWEST, WIDEST = 16, 256  # heads
+MOST_TOGETHER = 8192  # elements of all heads of a token, where they have one norm
 HEADS = 8  # of a program's tile
 ELEMENTS, WARPS = 2048, 4  # of the tile: as many tokens as make that up
 
@@ -55,6 +56,13 @@ def rms_norm_rotary_reference(x: Tensor, weight: Tensor, eps: float, cos: Tensor
 def rms_norm_rotary_complex_reference(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
     """rotary_complex(rms_norm(x)), the norm over each head."""
     return rotary_complex_reference(F.rms_norm(x, weight.shape, weight, eps), table)
+
+
+def rms_norm_heads_rotary_pairs_reference(
+    x: Tensor, weight: Tensor, eps: float, sizes: list[int], cos: Tensor, sin: Tensor
+) -> Tensor:
+    """rotary_pairs(rms_norm(x).unflatten(2, sizes)), the norm over all heads of a token: x [B, T, H D], weight [H D]."""
+    return rotary_pairs_reference(F.rms_norm(x, weight.shape, weight, eps).unflatten(2, sizes), cos, sin)
 
 
 def cat_tokens_reference(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -113,7 +121,7 @@ class Heads(NamedTuple):
     """[B, T, H, D] with any strides of the first three, and what is done to them."""
 
     x: Tensor
-    weight: Tensor | None = None  # of an RMSNorm over D
+    weight: Tensor | None = None  # [D] of an RMSNorm over each head, or [H D] of one over all heads of a token
     eps: float = 0.0
     table: Table | None = None
 
@@ -132,10 +140,11 @@ def process(job: Job) -> Tensor:
     B, Ta, H, D = a.x.shape
     T = Ta + (job.second.x.shape[1] if job.second else 0)
     y = a.x.new_empty(B, T, H, D)
-    width = triton.next_power_of_2(D)
-    tokens = max(1, ELEMENTS // (HEADS * width))
+    width, norm = triton.next_power_of_2(D), _norm(a)
+    heads = triton.next_power_of_2(H) if norm == "token" else HEADS
+    tokens = max(1, ELEMENTS // (heads * width))
     blocks = triton.cdiv(Ta, tokens) + triton.cdiv(T - Ta, tokens)
-    rotate_heads[blocks, triton.cdiv(H, HEADS), B](
+    rotate_heads[blocks, triton.cdiv(H, heads), B](
         *(a.x, b.x, y),
         *(each.x if each.weight is None else each.weight for each in (a, b)),
         *(part for each in (a, b) for part in (each.table[:2] if each.table else (each.x, each.x))),
@@ -145,14 +154,21 @@ def process(job: Job) -> Tensor:
         a.table.cos.stride(3) if a.table else 0,
         *(a.eps, b.eps),
         TOKENS=tokens,
-        HEADS=HEADS,
+        HEADS=heads,
         WIDTH=width,
-        NORM=a.weight is not None,
+        NORM=norm,
         TABLE=a.table.kind if a.table else "none",
         **launch_options(y.device),
         num_warps=WARPS,
     )
     return y.transpose(1, 2) if job.turned else y
+
+
+def _norm(heads: Heads) -> str:
+    """What an RMSNorm goes over: "none" without one, "head", or "token" for all of its heads."""
+    if heads.weight is None:
+        return "none"
+    return "head" if heads.weight.shape[0] == heads.x.shape[3] else "token"
 
 
 def _strides(table: Table | None, batch: int) -> tuple[int, int]:
@@ -172,15 +188,19 @@ def takes(job: Job | None) -> bool:
     a, b = first.x, second.x
     alike = a.dtype == b.dtype and a.device == b.device and a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:]
     kinds = [(each.table.kind, each.table.cos.stride(3)) if each.table else None for each in (first, second)]
-    return alike and kinds[0] == kinds[1] and _takes_heads(second)
+    return alike and kinds[0] == kinds[1] and _takes_heads(second) and _norm(first) == _norm(second) != "token"
 
 
 def _takes_heads(heads: Heads) -> bool:
     x, weight, table = heads.x, heads.weight, heads.table
     if x.dim() != 4 or x.numel() == 0 or x.shape[3] % 2 or x.shape[3] > WIDEST or x.stride(3) != 1:
         return False
-    if weight is not None and (weight.shape != x.shape[3:] or weight.stride(0) != 1 or not _alike(weight, x, x.dtype)):
-        return False
+    if weight is not None:
+        whole = weight.shape[0] == x.shape[2] * x.shape[3] <= MOST_TOGETHER
+        if weight.dim() != 1 or weight.stride(0) != 1 or not _alike(weight, x, x.dtype):
+            return False
+        if weight.shape != x.shape[3:] and not whole:
+            return False
     if table is None:
         return True
     rows = (x.shape[1], 1, x.shape[3] // (1 if table.kind == "full" else 2))
@@ -233,6 +253,15 @@ def _rotary_complex(x: Tensor, table: Tensor) -> Job | None:
 
 def _rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Job | None:
     return _with_tables(x, weight, eps, cos, sin, "full")
+
+
+def _rms_norm_heads_rotary_pairs(
+    x: Tensor, weight: Tensor, eps: float, sizes: list[int], cos: Tensor, sin: Tensor
+) -> Job | None:
+    if x.dim() != 3 or len(sizes) != 2:
+        return None
+    job = _with_tables(x.unflatten(2, sizes), weight, eps, cos, sin, "pairs")
+    return None if job is None or job.turned else job
 
 
 def cat_tokens(a: Tensor, b: Tensor, dim: int) -> Job | None:
@@ -319,6 +348,11 @@ _define(
     "rms_norm_rotary_complex(Tensor x, Tensor weight, float eps, Tensor table) -> Tensor",
     rms_norm_rotary_complex_reference,
     _with_complex,
+)
+_define(
+    "rms_norm_heads_rotary_pairs(Tensor x, Tensor weight, float eps, int[] sizes, Tensor cos, Tensor sin) -> Tensor",
+    rms_norm_heads_rotary_pairs_reference,
+    _rms_norm_heads_rotary_pairs,
 )
 _define("cat_tokens(Tensor a, Tensor b, int dim) -> Tensor", cat_tokens_reference, cat_tokens)
 _define(f"cat_rms_norm({_A}, {_B}, int dim) -> Tensor", cat_rms_norm_reference, _cat_rms_norm)

@@ -80,10 +80,15 @@ def rotate_heads(
                 sines = tl.load(sin_row + lane[None, :], mask=known, other=0)
                 sin, sin_odd = tl.split(tl.reshape(sines, [TOKENS, WIDTH // 2, 2]))
 
-    if NORM:
+    if NORM == "head":
         weight = tl.load(tl.where(is_a, weight_a, weight_b) + lane, mask=lane < D, other=0).to(tl.float32)
         eps = tl.where(is_a, eps_a, eps_b)
         x = x * tl.rsqrt(tl.sum(x * x, axis=2) / D + eps)[:, :, None] * weight[None, None, :]
+    elif NORM == "token":  # the program has all heads, of a alone
+        there = (head < H)[:, None] & (lane < D)[None, :]
+        weight = tl.load(weight_a + (head * D)[:, None] + lane[None, :], mask=there, other=0).to(tl.float32)
+        squares = tl.sum(tl.sum(x * x, axis=2), axis=1)
+        x = x * tl.rsqrt(squares / (H * D) + eps_a)[:, None, None] * weight[None, :, :]
 
     if TABLE != "none":
         real, imaginary = tl.split(tl.reshape(x, [TOKENS, HEADS, WIDTH // 2, 2]))

@@ -74,6 +74,18 @@ def test_a_table_of_complex_numbers_or_of_pairs(shape, dtype, device, runs_kerne
 
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_norm_over_all_heads(shape, dtype, device, runs_kernel) -> None:
+    B, T, H, D = shape
+    x, (cos, sin) = torch.randn(B, T, 3 * H * D, device=device).to(dtype).chunk(3, -1)[1], tables(T, D, device)
+    inputs = (x, weights(H * D, device, dtype), 1e-2, [H, -1], cos[..., ::2], sin[..., ::2])
+    if runs_kernel:
+        assert rotary.takes(rotary._rms_norm_heads_rotary_pairs(*inputs))
+    result = ops.rms_norm_heads_rotary_pairs(*inputs)
+    assert_close_to_fp64(result, rotary.rms_norm_heads_rotary_pairs_reference, *inputs)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_two_tensors_one_behind_the_other(shape, dtype, device, runs_kernel) -> None:
     B, T, H, D = shape
     a, b = heads(shape, device, dtype), heads((B, T + 2, H, D), device, dtype)
