@@ -1,13 +1,13 @@
 """Python numbers while a call is traced: what becomes of them, and tensors where they meet tensors.
 
-As a plain float a `Number` is not a number (NaN): what reads it past its methods, as C code does, ruins the result, and
-the check against eager refuses the trace, instead of a value being baked in without a word.
+For everybody else, another thread that reads the module's attributes meanwhile above all, a `Number` is the float that it
+stands for. What reads it past its methods in the thread that traces, as C code does, bakes its value in; the check of the next
+values notices that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -39,7 +39,7 @@ class Number(float):
     recording: Recording
 
     def __new__(cls, exact: float, **parts: Any) -> Number:
-        made = super().__new__(cls, math.nan)
+        made = super().__new__(cls, exact)
         made.__dict__.update(parts, exact=exact)
         return made
 
