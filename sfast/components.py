@@ -40,9 +40,10 @@ def find_components(target: Any) -> dict[str, torch.nn.Module]:
 
 
 def _parts(name: str, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    if hasattr(module, "decode") and isinstance(getattr(module, "decoder", None), torch.nn.Module):
-        halves = {half: getattr(module, half, None) for half in ("encoder", "decoder")}
-        return {f"{name}.{half}": part for half, part in halves.items() if isinstance(part, torch.nn.Module)}
+    children = dict(module.named_children()) if hasattr(module, "decode") else {}
+    halves = [child for child in children if child.startswith(("encoder", "decoder"))]  # there is a `decoder_unet`, too
+    if any(half.startswith("decoder") for half in halves):
+        return {f"{name}.{half}": children[half] for half in halves}
     nets = getattr(module, "nets", None)
     if isinstance(nets, torch.nn.ModuleList):  # several ControlNets, called one after the other
         return {f"{name}.{i}": net for i, net in enumerate(nets)}

@@ -187,7 +187,7 @@ def _pieces(func: Any, x: Tensor, *args: Any, dim: int | None = None, **kwargs: 
     if isinstance(by, (list, tuple)):
         return []
     if by is not None and func in _CHUNK:
-        by = (size + by - 1) // by
+        by = ((size + by - 1) // by).clamp(min=1)  # there may be nothing to cut
     return [size if by is None else (size + by - 1) // by]
 
 

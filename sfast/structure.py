@@ -64,6 +64,8 @@ def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | No
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         items = tuple([(name, flatten(item, tensors, sizes_on)) for name, item in fields.items()])
         return ("dataclass", kind, items)
+    if isinstance(value, torch.Generator):
+        raise UnsupportedStructure("it draws from a random generator of the caller's, and a trace from PyTorch's own")
     raise UnsupportedStructure(f"a value of type {kind.__module__}.{kind.__qualname__} cannot be traced")
 
 

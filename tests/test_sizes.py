@@ -90,7 +90,7 @@ ASKED: list[tuple[Callable[[Tensor], Any], tuple[int, ...], tuple[int, ...]]] = 
     (lambda x: max(x.shape[0], x.shape[1]) > 3, (2, 9), (9, 2)),
     (lambda x: 1.0 if x.shape == (3, 4) else 2.0, (3, 4), (4, 3)),
     (lambda x: x.unbind(1)[-1].numel() + len(x.unbind(-1)) > 6, (3, 4), (3, 5)),
-    (lambda x: len(x.chunk(2)) + len(torch.chunk(x, chunks=2, dim=1)), (9, 2), (1, 4)),
+    (lambda x: len(x.chunk(2)) + len(torch.chunk(x, chunks=2, dim=1)) + len(x[:0].chunk(2)), (9, 2), (1, 4)),
     (lambda x: float(np.prod(x.shape)), (3, 4), (4, 4)),
     (lambda x: float(np.zeros(x.shape[0]).sum() + len(x.tolist() if x.numel() < 0 else "")), (3, 7), (4, 4)),
     (lambda x: sum(1.0 for _ in x), (3, 7), (4, 4)),
