@@ -53,6 +53,7 @@ class Adapters:
         self._scale = 1.0
         self._failed: Patience | None = None  # of the last merge
         self.dirty = False  # graphs may have to read other weights
+        self.writes = 0  # how often they had to
 
     def read(self, layers: list[Adapted], shared: set[int]) -> None:
         """The module was read anew; `shared` are the ids of tensors that stand in several places of it."""
@@ -74,15 +75,20 @@ class Adapters:
         if self._layers and picture != self._picture and not self.dirty and self._look() == self._seen:
             self._checksums.start()
 
-    def changed(self, scale: float, picture: int) -> bool:
+    def knows(self, picture: int) -> bool:
+        """Whether `changed` has looked at everything for this picture."""
+        return picture == self._picture
+
+    def changed(self, scale: float, picture: int, quick: bool = False) -> bool:
         """Whether graphs may have to read other weights than they do, with `scale` on top of every adapter's own.
 
-        It takes a fraction of a millisecond. What is written through `.data`, which is not counted (diffusers'
-        hotswapping does it), is looked for once for each `picture`.
+        It takes a fraction of a millisecond, and less where a `quick` look does, which leaves the tensors out. What is
+        written through `.data`, which is not counted (diffusers' hotswapping does it), is looked for once for each
+        `picture`.
         """
         if not self._layers and not self._merged:
             return False
-        if scale != self._scale or self._look() != self._seen or self._may_suffice():
+        if scale != self._scale or (not quick and self._look() != self._seen) or self._may_suffice():
             self.dirty = True
         elif picture != self._picture:
             self.dirty = self.dirty or self._checksums.get() != self._known
@@ -130,6 +136,7 @@ class Adapters:
         jobs = self._jobs()
         touched = {id(weight) for _, _, weights in jobs for weight in weights}
         for key in [key for key in self._merged if key not in touched]:
+            self.writes += 1
             self._merged.pop(key).release()
         owners = self._owners([*own, *read])
         sums = [[self._merged.get(id(w)) or self._take_place(w, owners) for w in weights] for _, _, weights in jobs]
@@ -142,6 +149,7 @@ class Adapters:
         for (layer, active, weights), places in zip(jobs, sums, strict=True):
             stamp = tuple(active), tuple([fact_of[id(tensor)] for tensor in (*layer.tensors, *weights)])
             if any([place.stamp != stamp for place in places]):
+                self.writes += 1
                 merged.write(layer, active, places)
                 for place in places:
                     place.stamp = stamp

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from sfast import fallback, instead, launch, verify
+from sfast.caller import Caller
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import make_room
 from sfast.decisions import Decisions
@@ -68,6 +69,7 @@ class Component(StandIn):
         self.doubts: Counter[str] = Counter()  # what spoke against compiling it, unless others have done that
         self.lock = turn_of(module)
         self._active = True
+        self._caller = Caller()
         functools.update_wrapper(self, getattr(module, self._place), updated=())
 
     __dict__ = property(lambda self: {})  # what wraps us copies it, as functools.wraps does
@@ -140,7 +142,7 @@ class Component(StandIn):
             return self._stay_eager(str(error))
         generation = state.generation
         ahead = self._run_ahead(args, kwargs, structure, tensors)
-        state.refresh()
+        state.refresh(quick=state.adapters.present and self._caller.again())
         if ahead is not None:
             if state.generation == generation:
                 return ahead.result()
@@ -220,7 +222,8 @@ class Component(StandIn):
 
     def _run_ahead(self, args: Any, kwargs: Any, structure: Hashable, tensors: list[torch.Tensor]) -> Ahead | None:
         """Launch what this call replayed before, so that the GPU works while we look whether it is still right."""
-        if not self.config.enable_cuda_graph or not self.state.in_place() or self.state.why_eager(tensors) is not None:
+        state = self.state
+        if not self.config.enable_cuda_graph or state.adapters.dirty or not state.in_place() or state.why_eager(tensors):
             return None
         call = self._look_at(args, kwargs, structure, tensors)
         plan = self.plans.get(call.key)

@@ -55,10 +55,14 @@ class Tree:
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
     objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
-    columns: Columns = dataclasses.field(default_factory=Columns)  # what adapters are made of
+    columns: Columns = dataclasses.field(default_factory=Columns)  # which adapters are active, and how strongly
+    factors: Columns = dataclasses.field(default_factory=Columns)  # the modules and tensors that they are made of
 
-    def same(self) -> bool:
-        """Whether the very same objects stand everywhere; runs for every call, hence the C loops."""
+    def same(self, quick: bool = False) -> bool:
+        """Whether the very same objects stand everywhere; runs for every call, hence the C loops.
+
+        `quick`: but for what only somebody's own code exchanges in adapters that are there.
+        """
         if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
             return False
         if list(map(type, self.modules)) != self.types:  # token merging (tomesd) gives blocks another class
@@ -72,6 +76,7 @@ class Tree:
             all(map(operator.is_, live, self.contents))
             and all(map(operator.is_, got, self.got))
             and self.columns.same()
+            and (quick or self.factors.same())
         )
 
     def shared(self) -> set[int]:
@@ -286,9 +291,9 @@ def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch
         module = pending.pop()
         for entries in (module._parameters, module._buffers, module._modules):
             if entries:
-                columns.add(entries, [name for name, value in entries.items() if not _is_empty(value)])
+                tree.factors.add(entries, [name for name, value in entries.items() if not _is_empty(value)])
                 if "scaling" not in place:  # which says how many adapters there are
-                    columns.add_size(entries)
+                    tree.factors.add_size(entries)
         tensors += [t for entries in (module._parameters, module._buffers) for t in entries.values() if t is not None]
         if isinstance(module, _MODAL):
             tree.modal.append(module)

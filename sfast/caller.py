@@ -1,0 +1,58 @@
+"""Whether a call comes out of the very loop that the call before came from: one of diffusers', with nobody else's code in it.
+
+Between two steps of such a loop only diffusers and peft can have changed the adapters, and by their own calls. So the many
+hundred tensors of adapters, which anybody else may write to, are looked at once for each loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+PIPELINES = "diffusers.pipelines."  # how the names of their files' modules begin
+DEPTH = 16  # of the calls between a pipeline and its model
+BAR = "progress_bar"  # which every loop of diffusers makes for itself, and which ends with it
+CALLBACKS = ("callback_on_step_end", "callback")
+
+
+class Caller:
+    """Knows the loop of the last call."""
+
+    def __init__(self) -> None:
+        self._bar: Any = _nothing
+
+    def again(self) -> bool:
+        """Whether it is the same one."""
+        names = _names(sys._getframe(1))
+        bar = names.get(BAR)
+        same = bar is not None and self._bar() is bar
+        if not same:
+            self._bar = _nothing if bar is None or _has_others(names) else weakref.ref(bar)
+        return same
+
+
+def _names(frame: FrameType | None) -> Mapping[str, Any]:
+    """What the innermost function of a pipeline that is at work knows by name."""
+    for _ in range(DEPTH):
+        if frame is None:
+            break
+        if str(frame.f_globals.get("__name__", "")).startswith(PIPELINES):
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
+def _has_others(names: Mapping[str, Any]) -> bool:
+    """Whether somebody else's code runs in a pipeline's loop: a callback, a scheduler or pipeline of their own."""
+    pipe = names.get("self")
+    theirs = [type(each).__module__ for each in (pipe, getattr(pipe, "scheduler", None))]
+    return any(names.get(name) is not None for name in CALLBACKS) or not all(
+        name.startswith("diffusers.") for name in theirs
+    )
+
+
+def _nothing() -> None:
+    return None
