@@ -13,6 +13,7 @@ from sfast.kernels import (
     geglu,
     linear_attention,
     linear_cat,
+    linear_swiglu,
     modulate,
     rms_norm,
     rotary,
@@ -49,6 +50,15 @@ def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
 
     yield from sana_cases(randn)
     yield Case("silu_gate", "2x11200x32x32", ops.silu_gate, geglu.silu_gate_reference, image, 3 * 11200 * 32 * 32, 0)
+    for T, K, D in [(4192, 3840, 10240), (2048, 2304, 9216)]:
+
+        def gated(T: int = T, K: int = K, D: int = D) -> tuple:
+            gate_weight, weight = (randn(D, K, std=K**-0.5) for _ in range(2))
+            return randn(1, T, K), gate_weight, None, weight, None
+
+        moved, flops = T * (K + D) + 2 * D * K, 4 * T * D * K
+        reference = linear_swiglu.linear_swiglu_reference
+        yield Case("linear_swiglu", f"{T}x{K}->{D}", ops.linear_swiglu, reference, gated, moved, flops)
     for T, A, B, D in [(4608, 3072, 12288, 3072), (1536, 3072, 12288, 3072)]:
 
         def pair(T: int = T, A: int = A, B: int = B, D: int = D) -> tuple:

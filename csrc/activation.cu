@@ -17,21 +17,21 @@ __device__ void read_eight(float (&values)[8], const T* from) {
   }
 }
 
-// 8 columns of a row for each thread. `gate`: elements from a value to its gate, or 0 where there is none.
+// 8 columns of a row for each thread; `gate` or null.
 template <typename T, HopperActivation kActivation>
-__global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_row, int64_t ld, int64_t gate) {
+__global__ void apply(const T* value, const T* gate, T* out, int64_t pieces, int pieces_of_row, int64_t ld) {
   const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (piece >= pieces) return;
   const int64_t row = piece / pieces_of_row, column = piece % pieces_of_row * 8;
   float values[8], gates[8];
-  read_eight(values, product + row * ld + column);
-  if (gate != 0) {
-    read_eight(gates, product + row * ld + gate + column);
+  read_eight(values, value + row * ld + column);
+  if (gate != nullptr) {
+    read_eight(gates, gate + row * ld + column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] *= hopper::activate<kActivation>(gates[i]);
+    for (int i = 0; i < 8; ++i) values[i] *= hopper::activate<T, kActivation>(gates[i]);
   } else {
 #pragma unroll
-    for (float& v : values) v = hopper::activate<kActivation>(v);
+    for (float& v : values) v = hopper::activate<T, kActivation>(v);
   }
   *reinterpret_cast<uint4*>(out + piece * 8) =
       make_uint4(Pair<T>::pack(values[0], values[1]), Pair<T>::pack(values[2], values[3]),
@@ -39,7 +39,7 @@ __global__ void apply(const T* product, T* out, int64_t pieces, int pieces_of_ro
 }
 
 template <typename T>
-cudaError_t launch(const void* product, void* out, int64_t rows, int64_t columns, int64_t ld, int64_t gate,
+cudaError_t launch(const void* value, const void* gate, void* out, int64_t rows, int64_t columns, int64_t ld,
                    HopperActivation activation, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const int64_t pieces = rows * columns / 8;
@@ -47,7 +47,8 @@ cudaError_t launch(const void* product, void* out, int64_t rows, int64_t columns
   if (activation == HopperActivation::kGeluTanh) kernel = &apply<T, HopperActivation::kGeluTanh>;
   if (activation == HopperActivation::kSilu) kernel = &apply<T, HopperActivation::kSilu>;
   kernel<<<static_cast<unsigned>((pieces + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      static_cast<const T*>(product), static_cast<T*>(out), pieces, static_cast<int>(columns / 8), ld, gate);
+      static_cast<const T*>(value), static_cast<const T*>(gate), static_cast<T*>(out), pieces,
+      static_cast<int>(columns / 8), ld);
   return cudaGetLastError();
 }
 
@@ -55,14 +56,14 @@ cudaError_t launch(const void* product, void* out, int64_t rows, int64_t columns
 
 cudaError_t activate(bool bfloat16, const void* product, void* out, int64_t rows, int64_t columns,
                      HopperActivation activation, cudaStream_t stream) {
-  if (bfloat16) return launch<__nv_bfloat16>(product, out, rows, columns, columns, 0, activation, stream);
-  return launch<__half>(product, out, rows, columns, columns, 0, activation, stream);
+  if (bfloat16) return launch<__nv_bfloat16>(product, nullptr, out, rows, columns, columns, activation, stream);
+  return launch<__half>(product, nullptr, out, rows, columns, columns, activation, stream);
 }
 
-cudaError_t gate(bool bfloat16, const void* product, void* out, int64_t rows, int64_t columns,
-                 HopperActivation activation, cudaStream_t stream) {
-  if (bfloat16) return launch<__nv_bfloat16>(product, out, rows, columns, 2 * columns, columns, activation, stream);
-  return launch<__half>(product, out, rows, columns, 2 * columns, columns, activation, stream);
+cudaError_t gate(bool bfloat16, const void* value, const void* gate, void* out, int64_t rows, int64_t columns,
+                 int64_t ld, HopperActivation activation, cudaStream_t stream) {
+  if (bfloat16) return launch<__nv_bfloat16>(value, gate, out, rows, columns, ld, activation, stream);
+  return launch<__half>(value, gate, out, rows, columns, ld, activation, stream);
 }
 
 }  // namespace sfast

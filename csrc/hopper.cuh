@@ -28,17 +28,16 @@ __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the same barrier of another block of the cluster. Orders no writes of this thread for the other block: that would
-// cost a fence over the whole GPU.
-__device__ inline void arrive_at(uint64_t* barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
+// Where something of this block's shared memory lies in another block of the cluster.
+__device__ inline uint32_t map_shared(const void* pointer, uint32_t block) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(pointer)), "r"(block));
+  return remote;
+}
+
+// At a mapped barrier. Orders no writes of this thread for the other block: that would cost a fence over the whole GPU.
+__device__ inline void arrive_at(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 
 // Arrives once, and makes the phase wait for that many bytes from the TMA.
@@ -117,6 +116,12 @@ __device__ inline void store_tile(const CUtensorMap* map, const void* from, int 
                : "memory");
 }
 
+__device__ inline void store_tile(const CUtensorMap* map, const void* from, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(x), "r"(y)
+               : "memory");
+}
+
 __device__ inline void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -130,6 +135,14 @@ __device__ inline void wait_stores_read() {
 // Makes what this thread wrote into shared memory visible to TMA stores and to wgmma.
 __device__ inline void fence_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Four 8x8 matrices of 2-byte elements, as products leave them in the registers of a warp; lane 8 j + r says where row
+// r of matrix j goes, 16 bytes each.
+__device__ inline void store_matrices(uint32_t to, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // ---- Blocks, clusters, warpgroups ----

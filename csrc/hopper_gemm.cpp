@@ -43,13 +43,23 @@ int64_t divide_up(int64_t a, int64_t b) {
 // How a tile's rows lie over the pixels of the result, as powers of two.
 struct Footprint {
   int log_width = 0, log_height = 0;
-  int64_t images = 1;                      // of a tile
-  int64_t across = 1, down = 1, deep = 1;  // tiles
+  int64_t width = 1, height = 1, images = 1;  // of a tile
+  int64_t across = 1, down = 1, deep = 1;     // tiles
   int64_t tiles() const { return across * down * deep; }
 };
 
-// The fewest tiles; among those the widest, whose rows are the longest in memory.
+bool is_power_of_two(int rows) {
+  return (rows & (rows - 1)) == 0;
+}
+
+// The fewest tiles; among those the widest, whose rows are the longest in memory. Others than powers of two lie over
+// the rows of a matrix.
 Footprint footprint(const HopperProblem& p, int rows) {
+  if (!is_power_of_two(rows)) {
+    Footprint f;
+    f.width = rows, f.across = divide_up(p.out_width, rows);
+    return f;
+  }
   constexpr int kMostBox = 256;  // elements that a tensor map's tile may span
   const int log_rows = static_cast<int>(std::lround(std::log2(rows)));
   Footprint best;
@@ -60,6 +70,7 @@ Footprint footprint(const HopperProblem& p, int rows) {
       if ((p.stride[0] << h) > kMostBox) continue;
       Footprint f;
       f.log_width = w, f.log_height = h, f.images = int64_t{1} << (log_rows - w - h);
+      f.width = int64_t{1} << w, f.height = int64_t{1} << h;
       f.across = divide_up(p.out_width, int64_t{1} << w);
       f.down = divide_up(p.out_height, int64_t{1} << h);
       f.deep = divide_up(p.images, f.images);
@@ -69,8 +80,13 @@ Footprint footprint(const HopperProblem& p, int rows) {
   return best;
 }
 
+bool is_matrix(const HopperProblem& p) {
+  return p.images == 1 && p.height == 1 && p.filter[0] * p.filter[1] == 1 && p.stride[1] == 1 && p.padding[0] == 0 &&
+         p.padding[1] == 0;
+}
+
 int64_t steps_of(const HopperProblem& p) {
-  return p.filter[0] * p.filter[1] * divide_up(p.channels, kStep);
+  return p.filter[0] * p.filter[1] * divide_up(p.channels, kStep) + divide_up(p.channels2, kStep);
 }
 
 int64_t columns_out(const HopperKernel& kernel) {
@@ -92,7 +108,7 @@ int64_t units_of(const HopperProblem& p, const HopperKernel& kernel, const Hoppe
 // in whole waves of tiles.
 double estimate(const HopperProblem& p, const HopperKernel& kernel, const HopperPlan& plan, int processors) {
   constexpr double kProductsPerCycle = 2048, kBytesPerCycle = 50, kStart = 5000, kExchange = 4000, kPart = 250;
-  constexpr double kCyclesPerSum = 1.0 / 4, kCyclesPerActivation = 1.0 / 8;
+  constexpr double kCyclesPerSum = 1.0 / 4, kCyclesPerStagedSum = 1.0 / 8, kCyclesPerActivation = 1.0 / 8;
   constexpr double kStall = 1.15, kStallAlternating = 1.5;  // times the bare products
   const double waves = static_cast<double>(divide_up(units_of(p, kernel, plan), slots_of(plan, processors)));
   const double products = static_cast<double>(kernel.rows) * kernel.columns * kStep / kProductsPerCycle;
@@ -101,7 +117,7 @@ double estimate(const HopperProblem& p, const HopperKernel& kernel, const Hopper
   const double busy = steps * std::max(products * (kernel.in_flight > 1 ? kStallAlternating : kStall), loads);
   const bool activates = kernel.gated || p.activation != HopperActivation::kNone;
   const double sums = static_cast<double>(kernel.rows) * columns_out(kernel);
-  double end = sums * (kCyclesPerSum + (activates ? kCyclesPerActivation : 0));
+  double end = sums * ((kernel.staged ? kCyclesPerStagedSum : kCyclesPerSum) + (activates ? kCyclesPerActivation : 0));
   if (plan.splits > 1) {
     const double turns = sums / (8 * 256 * plan.splits);  // of a thread, eight sums each
     end = kExchange + turns * kPart * (plan.splits + 2);
@@ -121,21 +137,40 @@ HopperArguments arguments_of(const HopperProblem& p, const HopperKernel& kernel,
   x.address = pointers.x, x.bfloat16 = p.bfloat16;
   x.sizes = {p.channels, p.width, p.height, p.images};
   x.strides = {p.ld_x, p.width * p.ld_x, p.height * p.width * p.ld_x};
-  x.tile = {kStep, p.stride[1] << f.log_width, p.stride[0] << f.log_height, f.images};
+  x.tile = {kStep, p.stride[1] * f.width, p.stride[0] * f.height, f.images};
   x.step = {1, p.stride[1], p.stride[0], 1};
-  a.x = encode_tensor_map(x);
+  a.x = a.x2 = encode_tensor_map(x);
+  if (p.channels2 > 0) {
+    x.address = pointers.x2;
+    x.sizes[0] = p.channels2;
+    x.strides = {p.ld_x2, p.width * p.ld_x2, p.height * p.width * p.ld_x2};
+    a.x2 = encode_tensor_map(x);
+  }
   TiledTensor weight;
   weight.address = pointers.weight, weight.bfloat16 = p.bfloat16;
-  weight.sizes = {taps * p.channels, (p.gated ? 2 : 1) * p.out_channels};
+  weight.sizes = {taps * p.channels + p.channels2, (p.gated && !p.two_weights ? 2 : 1) * p.out_channels};
   weight.strides = {p.ld_weight};
   weight.tile = {kStep, kernel.columns / 2};
-  a.weight = encode_tensor_map(weight);
+  if (kernel.staged) {
+    TiledTensor out;
+    out.address = pointers.out, out.bfloat16 = p.bfloat16;
+    out.sizes = {p.out_channels, p.out_width};
+    out.strides = {p.out_channels};
+    out.tile = {64, 16};  // what a warp stores at once
+    a.out_map = encode_tensor_map(out);
+  }
+  a.weight = a.weight2 = encode_tensor_map(weight);
+  a.second_half = static_cast<int>(p.gated ? p.out_channels : kernel.columns / 2);
   a.bias = pointers.bias;
+  if (p.gated && a.bias != nullptr) a.bias2 = static_cast<const char*>(a.bias) + 2 * p.out_channels;
+  if (p.two_weights) {
+    weight.address = pointers.gate_weight;
+    a.weight2 = encode_tensor_map(weight), a.bias2 = pointers.gate_bias, a.second_half = 0;
+  }
   a.residual = pointers.residual;
   a.out = pointers.out;
   a.ld_residual = p.ld_residual;
   a.out_channels = static_cast<int>(p.out_channels);
-  a.second_half = static_cast<int>(p.gated ? p.out_channels : kernel.columns / 2);
   a.images = static_cast<int>(p.images);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.log_tile_width = f.log_width, a.log_tile_height = f.log_height;
@@ -146,7 +181,9 @@ HopperArguments arguments_of(const HopperProblem& p, const HopperKernel& kernel,
   a.padding_h = static_cast<int>(p.padding[0]), a.padding_w = static_cast<int>(p.padding[1]);
   a.dilation_h = static_cast<int>(p.dilation[0]), a.dilation_w = static_cast<int>(p.dilation[1]);
   a.filter_w = static_cast<int>(p.filter[1]), a.taps = static_cast<int>(taps);
-  a.chunks = static_cast<int>(divide_up(p.channels, kStep)), a.channels = static_cast<int>(p.channels);
+  a.chunks_before = static_cast<int>(divide_up(p.channels, kStep));
+  a.chunks = a.chunks_before + static_cast<int>(divide_up(p.channels2, kStep));
+  a.channels = static_cast<int>(p.channels);
   a.pair = plan.pair, a.splits = plan.splits;
   a.activation = p.activation;
   return a;
@@ -155,7 +192,8 @@ HopperArguments arguments_of(const HopperProblem& p, const HopperKernel& kernel,
 bool takes(const HopperProblem& p) {
   const int64_t most = int64_t{1} << 30;
   return p.channels % 8 == 0 && p.out_channels % 8 == 0 && p.ld_x % 8 == 0 && p.ld_weight % 8 == 0 &&
-         p.ld_residual % 8 == 0 && p.stride[0] <= 8 && p.stride[1] <= 8 &&
+         p.ld_residual % 8 == 0 && p.channels2 % 8 == 0 && p.ld_x2 % 8 == 0 &&
+         (p.channels2 == 0 || p.channels % kStep == 0) && p.stride[0] <= 8 && p.stride[1] <= 8 &&
          p.images * p.out_height * p.out_width < most && p.images * p.height * p.width < most &&
          p.filter[0] * p.filter[1] * p.channels < most && p.out_channels < most / 2;
 }
@@ -192,6 +230,7 @@ std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t devic
   };
   for (int k = 0; k < static_cast<int>(table.size()); ++k) {
     if (table[k].gated != problem.gated || table[k].activates != activates) continue;
+    if ((table[k].staged || !is_power_of_two(table[k].rows)) && !is_matrix(problem)) continue;
     add({k, 1, 1});
     if (footprint(problem, table[k].rows).tiles() > 1) add({k, 2, 1});
     for (int splits = 2; splits <= kMostSplits && table[k].in_flight == 1; ++splits) {
@@ -205,8 +244,8 @@ std::vector<HopperPlan> hopper_plans(const HopperProblem& problem, int64_t devic
 std::string HopperPlan::name() const {
   const HopperKernel& k = kernels(false)[kernel];
   std::ostringstream text;
-  text << "hopper " << k.rows << "x" << k.columns << (k.in_flight > 1 ? " alternating" : "")
-       << (pair > 1 ? " paired" : "");
+  text << "hopper " << k.rows << "x" << k.columns << (k.staged ? " staged" : "")
+       << (k.in_flight > 1 ? " alternating" : "") << (pair > 1 ? " paired" : "");
   if (splits > 1) text << " split " << splits;
   return text.str();
 }

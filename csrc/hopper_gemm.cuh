@@ -14,19 +14,23 @@ namespace sfast::hopper {
 
 constexpr int kStep = 64;                // columns of k in a stage: the 128 bytes of a swizzled row
 constexpr int kMostShared = 227 * 1024;  // bytes of a block
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
+template <int kConsumers>
+constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;  // of 65536 for all
 
-template <int kFragments, int kConsumers, bool kAlternate, int kN>
+template <int kFragments, int kConsumers, bool kAlternate, int kN, bool kStaged, int kColumns>
 struct Cut {
   static constexpr int kRows = 64 * kFragments * (kAlternate ? 1 : kConsumers);
   static constexpr int kStageBytes = (kRows + kN) * kStep * 2;
-  static constexpr int kFit = (kMostShared - 2048) / kStageBytes;
+  static constexpr int kResultBytes = kStaged ? kRows * kColumns * 2 : 0;  // on its way out
+  static constexpr int kFit = (kMostShared - (kStaged ? 4096 : 2048) - kResultBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // 1024 to align the first
-  static constexpr int kSumStride = kN + 8;                          // floats; no bank conflicts
+  static constexpr int kSharedBytes = kStages * kStageBytes + kResultBytes + 1024;  // 1024 to align the first
+  static constexpr int kSumStride = kN + 8;                                         // floats; no bank conflicts
   static constexpr int kStaticBytes = 2 * kConsumers * kN * 2 + (2 * kStages + kConsumers) * 8;
-  static_assert(kRows * kSumStride * 4 <= kStages * kStageBytes && kSharedBytes + kStaticBytes <= kMostShared);
+  static_assert(kRows * kSumStride * 4 <= kStages * kStageBytes + kResultBytes &&
+                kSharedBytes + kStaticBytes <= kMostShared);
 };
 
 // The place in the ring of stages, and the parity of the phase that is due there.
@@ -62,12 +66,15 @@ __device__ inline void fetch(const HopperArguments& p, const Tile& tile, int fir
     const int column = tap * p.channels + chunk * kStep;
     wait(empty + place->stage, place->parity ^ 1);
     arrive_expecting(barrier, C::kStageBytes);
-    load_tile(x_tile, &p.x, barrier, chunk * kStep, x0 + tap_x * p.dilation_w, y0 + tap_y * p.dilation_h, tile.image);
+    const bool behind = chunk >= p.chunks_before;  // in the second matrix
+    load_tile(x_tile, behind ? &p.x2 : &p.x, barrier, (behind ? chunk - p.chunks_before : chunk) * kStep,
+              x0 + tap_x * p.dilation_w, y0 + tap_y * p.dilation_h, tile.image);
     if (p.pair > 1) {
-      load_tile_to(3, weight_tile + half * kN * kStep, &p.weight, barrier, column, tile.column + half * p.second_half);
+      load_tile_to(3, weight_tile + half * kN * kStep, half ? &p.weight2 : &p.weight, barrier, column,
+                   tile.column + half * p.second_half);
     } else {
       load_tile(weight_tile, &p.weight, barrier, column, tile.column);
-      load_tile(weight_tile + kN * kStep, &p.weight, barrier, column, tile.column + p.second_half);
+      load_tile(weight_tile + kN * kStep, &p.weight2, barrier, column, tile.column + p.second_half);
     }
     if (++chunk == p.chunks) {
       chunk = 0, ++tap;
@@ -77,35 +84,50 @@ __device__ inline void fetch(const HopperArguments& p, const Tile& tile, int fir
   }
 }
 
+// The barrier `empty` of a stage hears of a warp that has read it, in all blocks that the stage came to.
+struct Released {
+  uint64_t* empty;
+  int blocks;
+  uint32_t remote;  // the first stage's barrier in the block of the cluster that this lane is for
+
+  __device__ Released(uint64_t* empty, int blocks) : empty(empty), blocks(blocks), remote(0) {
+    if (blocks > 1) remote = map_shared(empty, threadIdx.x & 1);
+  }
+  __device__ void say(int stage) const {
+    if (blocks > 1) {
+      if (threadIdx.x % 32 < 2) arrive_at(remote + 8 * stage);
+    } else {
+      if (threadIdx.x % 32 == 0) arrive(empty + stage);
+    }
+  }
+};
+
 // A warpgroup: d = the sum of the stages' products, of the rows from first_row on. `next_turn` hears of the last one.
 template <typename T, typename C, int kFragments, int kN>
-__device__ inline void multiply(float (&d)[kFragments][kN / 2], int steps, int first_row, int blocks, uint8_t* stages,
-                                uint64_t* full, uint64_t* empty, uint64_t* next_turn, Place<C::kStages>* place) {
+__device__ inline void multiply(float (&d)[kFragments][kN / 2], int steps, int first_row, const uint8_t* stages,
+                                uint64_t* full, const Released& released, uint64_t* next_turn,
+                                Place<C::kStages>* place) {
+  // Of the descriptors, only the low words differ.
+  const uint32_t a_first = low_descriptor(stages + first_row * kStep * 2);
+  const uint32_t b_first = low_descriptor(stages + C::kRows * kStep * 2);
   int before = 0;
   for (int step = 0; step < steps; ++step) {
-    const uint8_t* const x_tile = stages + place->stage * C::kStageBytes;
-    const uint64_t a = descriptor(x_tile + first_row * kStep * 2, 1024);
-    const uint64_t b = descriptor(x_tile + C::kRows * kStep * 2, 1024);
+    const uint32_t a = a_first + place->stage * (C::kStageBytes >> 4);
+    const uint32_t b = b_first + place->stage * (C::kStageBytes >> 4);
     wait(full + place->stage, place->parity);
     begin_products();
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k) {
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
-        Product<kN, T>::run(d[f], advance(a, f * 64 * kStep * 2 + 32 * k), advance(b, 32 * k), step > 0 || k > 0);
+        Product<kN, T>::run(d[f], whole_descriptor(a + (f * 64 * kStep * 2 + 32 * k) / 16, 1024),
+                            whole_descriptor(b + 2 * k, 1024), step > 0 || k > 0);
       }
     }
     commit_products();
-    // The products of the stage before are done now: its memory may be filled again, in all blocks that it came to.
+    // The products of the stage before are done now: its memory may be filled again.
     wait_products<1>();
-    const int lane = threadIdx.x % 32;
-    if (step > 0 && lane < blocks) {
-      if (blocks > 1) {
-        arrive_at(empty + before, lane);
-      } else {
-        arrive(empty + before);
-      }
-    }
+    if (step > 0) released.say(before);
     before = place->stage;
     place->next();
   }
@@ -113,34 +135,31 @@ __device__ inline void multiply(float (&d)[kFragments][kN / 2], int steps, int f
   wait_products<0>();
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) pin(d[f]);
-  const int lane = threadIdx.x % 32;
-  if (lane < blocks) {
-    if (blocks > 1) {
-      arrive_at(empty + before, lane);
-    } else {
-      arrive(empty + before);
-    }
-  }
+  released.say(before);
 }
 
-template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily>
+template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily, bool kStaged>
 __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(const __grid_constant__ HopperArguments p) {
-  using C = Cut<kFragments, kConsumers, kAlternate, kN>;
   constexpr bool kGate = kFamily == Family::kGated;
   constexpr int kColumns = kGate ? kN / 2 : kN, kGroups = kColumns / 32;
-  // Whether a row of the residual finds room beside the sums, so that it can be asked for ahead of time.
-  constexpr bool kAhead = !kGate && kFragments * kN / 2 + 4 * kGroups <= 150;  // registers
+  using C = Cut<kFragments, kConsumers, kAlternate, kN, kStaged, kColumns>;
+  // Whether what is needed of the residual finds room beside the sums, so that it can be asked for ahead of time.
+  constexpr bool kAhead = !kGate && kFragments * kN / 2 + 8 * kGroups <= (kConsumers == 2 ? 160 : 120);  // registers
+  constexpr int kDeep = kAhead || kGroups < 4 ? kGroups : 4;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[C::kStages], empty[C::kStages];
   __shared__ uint64_t turn[kConsumers];  // a phase ends when the stages of this warpgroup's tile are the next ones due
-  __shared__ uint32_t biases[2][kConsumers][kN / 2];  // of this tile and the next
+  __shared__ alignas(16) uint32_t biases[2][kConsumers][kN / 2];  // of this tile and the next
   uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // which the compiler sees to be the same in a warp
 
   launch_dependents();
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&p.x);
+    prefetch_tensor_map(&p.x2);
     prefetch_tensor_map(&p.weight);
+    prefetch_tensor_map(&p.weight2);
+    if (kStaged) prefetch_tensor_map(&p.out_map);
     for (int i = 0; i < C::kStages; ++i) {
       init_barrier(full + i, 1);
       init_barrier(empty + i, 4 * (kAlternate ? 1 : kConsumers) * p.pair);
@@ -175,7 +194,7 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
       sync_cluster();
     }
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters<kConsumers>>();
     const int consumer = warpgroup - 1, thread = threadIdx.x - 128;
     const int first_row = kAlternate ? 0 : consumer * 64 * kFragments;
     const int row = first_row + thread % 128 / 32 * 16 + thread % 32 / 4;
@@ -186,18 +205,20 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
     }
     uint32_t turn_parity = consumer == 0 ? 1 : 0;  // the first need not wait
     uint64_t* const next_turn = kAlternate ? turn + (consumer + 1) % kConsumers : nullptr;
+    const Released released(empty, p.pair);
+    uint8_t* const results = stages + C::kStages * C::kStageBytes + (threadIdx.x / 32 - 4) * kFragments * 32 * kColumns;
     wait_for_previous_kernel();
     for (; unit < units; unit += kAlternate ? kConsumers * stride : stride) {
       const Tile tile = find_tile<C::kRows, kColumns>(p, unit);
       float d[kFragments][kN / 2];
       // Asked for now, while there is something to multiply.
       const uint32_t bias = load_bias<T, kN, kGate>(p, tile, thread % 128);
-      ResidualRow<T, kGroups, kAhead> residual;
-      if (kAhead && p.residual != nullptr && p.splits == 1) residual.load(p, tile, pixel_of(p, tile, row));
+      Residual<T, C::kRows, kGroups, kDeep> residual;
+      if (kAhead && p.residual != nullptr && p.splits == 1) residual.load(p, tile, row);
       // A stage's parity tells apart only neighbouring phases, so nobody may wait for one that is further away.
       if (kAlternate) wait(turn + consumer, turn_parity);
       turn_parity ^= 1;
-      multiply<T, C, kFragments, kN>(d, last - first, first_row, p.pair, stages, full, empty, next_turn, &place);
+      multiply<T, C, kFragments, kN>(d, last - first, first_row, stages, full, released, next_turn, &place);
       if (kAlternate) place.advance((kConsumers - 1) * (last - first));
       if (!kAlternate && p.splits > 1) {
         // A cluster has one tile; nobody reads the stages any more once all warpgroups are here.
@@ -221,32 +242,38 @@ __global__ __launch_bounds__(128 * (1 + kConsumers), 1) void multiply_tiles(cons
       } else {
         // Two buffers: who writes one has met everybody who read the other, and they had read this one before.
         uint32_t* const shared_bias = biases[turn_parity][consumer];
-        if (thread % 128 < kN / 2) shared_bias[thread % 128] = bias;
+        if (thread % 128 < kN / 2) shared_bias[bias_place(thread % 128)] = bias;
+        if (!kGate && !kAhead && p.residual != nullptr) residual.load(p, tile, row);
         sync_threads(2 + consumer, 128);
         with_activation<kFamily>(p.activation, [&](auto activation) {
-          write_rows<T, kFragments, kN, kGate, activation.value>(p, tile, row, d, shared_bias, residual);
+          write_rows<T, C::kRows, kFragments, kN, kGate, activation.value, kStaged>(p, tile, row, d, shared_bias,
+                                                                                    residual, results);
         });
       }
     }
   }
-  // No block leaves while another may still write to it or read from it.
+  // No block leaves while its results are being read from shared memory, or another block may still write to it or read
+  // from it.
+  if (kStaged) wait_stores_read<0>();
   if (cluster > 1) {
     __syncwarp();
     meet_cluster();
   }
 }
 
-template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily>
+template <typename T, int kFragments, int kConsumers, bool kAlternate, int kN, Family kFamily, bool kStaged = false>
 HopperKernel kernel_of() {
-  using C = Cut<kFragments, kConsumers, kAlternate, kN>;
+  constexpr bool kGate = kFamily == Family::kGated;
+  using C = Cut<kFragments, kConsumers, kAlternate, kN, kStaged, kGate ? kN / 2 : kN>;
   return {C::kRows,
           kN,
-          kFamily == Family::kGated,
+          kGate,
+          kStaged,
           kFamily == Family::kActivated,
           kAlternate ? kConsumers : 1,
           C::kThreads,
           C::kSharedBytes,
-          reinterpret_cast<const void*>(&multiply_tiles<T, kFragments, kConsumers, kAlternate, kN, kFamily>)};
+          reinterpret_cast<const void*>(&multiply_tiles<T, kFragments, kConsumers, kAlternate, kN, kFamily, kStaged>)};
 }
 
 // The cuts that pay: 320 and 640 columns are divided by 160, most others by 128 or 256.
@@ -254,14 +281,29 @@ template <typename T>
 std::vector<HopperKernel> all_kernels() {
   constexpr Family kPlain = Family::kPlain, kActivated = Family::kActivated, kGated = Family::kGated;
   return {
-      kernel_of<T, 1, 2, false, 256, kPlain>(),     kernel_of<T, 1, 2, false, 192, kPlain>(),
-      kernel_of<T, 1, 2, false, 160, kPlain>(),     kernel_of<T, 1, 2, false, 128, kPlain>(),
-      kernel_of<T, 1, 2, false, 96, kPlain>(),      kernel_of<T, 1, 2, false, 64, kPlain>(),
-      kernel_of<T, 2, 2, false, 128, kPlain>(),     kernel_of<T, 2, 2, false, 160, kPlain>(),
-      kernel_of<T, 2, 2, true, 128, kPlain>(),      kernel_of<T, 1, 2, false, 256, kActivated>(),
-      kernel_of<T, 1, 2, false, 160, kActivated>(), kernel_of<T, 1, 2, false, 128, kActivated>(),
-      kernel_of<T, 1, 2, false, 256, kGated>(),     kernel_of<T, 1, 2, false, 128, kGated>(),
-      kernel_of<T, 2, 2, false, 128, kGated>(),     kernel_of<T, 2, 2, true, 128, kGated>(),
+      kernel_of<T, 1, 2, false, 256, kPlain>(),
+      kernel_of<T, 1, 2, false, 192, kPlain>(),
+      kernel_of<T, 1, 2, false, 160, kPlain>(),
+      kernel_of<T, 1, 2, false, 128, kPlain>(),
+      kernel_of<T, 1, 2, false, 96, kPlain>(),
+      kernel_of<T, 1, 2, false, 64, kPlain>(),
+      kernel_of<T, 2, 2, false, 128, kPlain>(),
+      kernel_of<T, 2, 2, false, 160, kPlain>(),
+      kernel_of<T, 2, 2, true, 128, kPlain>(),
+      kernel_of<T, 1, 2, false, 256, kActivated>(),
+      kernel_of<T, 1, 2, false, 160, kActivated>(),
+      kernel_of<T, 1, 2, false, 128, kActivated>(),
+      kernel_of<T, 1, 2, false, 256, kGated>(),
+      kernel_of<T, 1, 2, false, 128, kGated>(),
+      kernel_of<T, 2, 2, false, 128, kGated>(),
+      kernel_of<T, 2, 2, true, 128, kGated>(),
+      kernel_of<T, 1, 2, false, 256, kPlain, true>(),
+      kernel_of<T, 1, 3, false, 192, kPlain, true>(),
+      kernel_of<T, 1, 2, false, 192, kPlain, true>(),
+      kernel_of<T, 1, 2, false, 256, kActivated, true>(),
+      kernel_of<T, 1, 3, false, 192, kActivated, true>(),
+      kernel_of<T, 1, 2, false, 192, kActivated, true>(),
+      kernel_of<T, 1, 2, false, 256, kGated, true>(),
   };
 }
 

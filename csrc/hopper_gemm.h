@@ -21,17 +21,21 @@ struct HopperProblem {
   int64_t out_height = 1, out_width = 1, out_channels = 1;
   int64_t filter[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
   int64_t ld_weight = 1, ld_residual = 0;  // weight [out_channels, filter, channels]
-  // out = value * gelu(gate), weight [2 out_channels, channels] = value rows, then gate rows; kGelu or kGeluTanh.
-  bool gated = false;
+  int64_t channels2 = 0, ld_x2 = 0;        // of a matrix x2 at x's side, met by the weight's last columns
+  // out = value * act(gate), weight [2 out_channels, channels] = value rows, then gate rows, or one for each.
+  bool gated = false, two_weights = false;
   HopperActivation activation = HopperActivation::kNone;
 };
 
 struct HopperPointers {
-  const void* x;
-  const void* weight;
-  const void* bias;      // or null
-  const void* residual;  // or null
-  void* out;
+  const void* x = nullptr;
+  const void* x2 = nullptr;  // where there are channels2
+  const void* weight = nullptr;
+  const void* gate_weight = nullptr;  // where there are two_weights
+  const void* bias = nullptr;         // or none, as the next two
+  const void* gate_bias = nullptr;
+  const void* residual = nullptr;
+  void* out = nullptr;
 };
 
 // One way to cut the problem: a kernel of the table, and how the blocks of a cluster work together.
@@ -57,18 +61,20 @@ void launch(const HopperProblem& problem, const HopperPlan& plan, const HopperPo
 // ---- Between hopper_gemm.cpp and the kernels ----
 
 struct HopperArguments {
-  CUtensorMap x, weight;
+  CUtensorMap x, x2, weight, weight2, out_map;
   const void* bias;
+  const void* bias2;  // of the second half of a tile
   const void* residual;
   void* out;
   int64_t ld_residual;
   int out_channels;
-  int second_half;                         // rows of weight from the first half of a tile to its second half
+  int second_half;                         // rows of weight2 to the second half of the first tile
   int images, out_height, out_width;       // of the result
   int log_tile_width, log_tile_height;     // a tile's pixels: width times height times images
   int tiles_x, tiles_y, tiles_m, tiles_n;  // tiles_m: over all pixels
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int filter_w, taps, chunks, channels;  // k is cut into taps of the filter, and those into chunks of 64 channels
+  int chunks_before;                     // of them lie in x, the others in x2
   int pair, splits;
   HopperActivation activation;
 };
@@ -76,6 +82,7 @@ struct HopperArguments {
 struct HopperKernel {
   int rows, columns;  // of a tile, columns counting value and gate
   bool gated;
+  bool staged;     // results leave through shared memory: for matrices alone
   bool activates;  // and is for nothing else
   int in_flight;   // tiles that a block works on at the same time
   int threads, shared_bytes;

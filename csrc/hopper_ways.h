@@ -18,7 +18,15 @@ inline bool is_hopper_recipe(const std::string& recipe) {
 
 #ifdef SFAST_HOPPER
 template <typename Pointers>
-void propose_hopper(const HopperProblem& problem, int64_t device, const Ask& ask, std::vector<Way<Pointers>>* ways) {
+HopperPointers five_pointers(const Pointers& at) {
+  HopperPointers made;
+  made.x = at.x, made.weight = at.weight, made.bias = at.bias, made.residual = at.residual, made.out = at.out;
+  return made;
+}
+
+template <typename Pointers>
+void propose_hopper(const HopperProblem& problem, int64_t device, const Ask& ask, std::vector<Way<Pointers>>* ways,
+                    HopperPointers (*pointers)(const Pointers&) = &five_pointers<Pointers>) {
   constexpr size_t kMost = 8;        // the estimate is trusted to have the best among that many,
   constexpr double kHopeless = 1.5;  // and to be right about one that is so many times slower
   double best = 0;
@@ -33,7 +41,7 @@ void propose_hopper(const HopperProblem& problem, int64_t device, const Ask& ask
     ++proposed;
     prepare(problem, plan);
     ways->push_back({plan.name(), 0, [=](const Pointers& at, void*, cudaStream_t stream) {
-                       launch(problem, plan, {at.x, at.weight, at.bias, at.residual, at.out}, stream);
+                       launch(problem, plan, pointers(at), stream);
                      }});
   }
 }

@@ -39,21 +39,21 @@ Epilogue parse_epilogue(const std::string& activation) {
 }
 
 // Elements from one row of the last dimension to the next, when all rows are evenly spaced.
-int64_t row_stride(const Tensor& tensor, const char* name) {
+int64_t row_stride(const char* op, const Tensor& tensor, const char* name) {
   const int64_t dims = tensor.dim();
   const int64_t columns = tensor.size(dims - 1);
-  SFAST_CHECK(tensor.stride(dims - 1) == 1 || columns == 1, kOp, ": ", name,
+  SFAST_CHECK(tensor.stride(dims - 1) == 1 || columns == 1, op, ": ", name,
               " must be contiguous in its last dimension, got strides ", to_string(tensor.strides()));
   int64_t rows = 1, spacing = columns;
   for (int64_t d = dims - 2; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;
     if (rows == 1) spacing = tensor.stride(d);
-    SFAST_CHECK(tensor.stride(d) == rows * spacing && spacing >= columns, kOp, ": ", name,
+    SFAST_CHECK(tensor.stride(d) == rows * spacing && spacing >= columns, op, ": ", name,
                 " must have evenly spaced rows, got sizes ", to_string(tensor.sizes()), " strides ",
                 to_string(tensor.strides()));
     rows *= tensor.size(d);
   }
-  SFAST_CHECK(spacing % 8 == 0 || rows == 1, kOp, ": rows of ", name,
+  SFAST_CHECK(spacing % 8 == 0 || rows == 1, op, ": rows of ", name,
               " must start at multiples of 16 bytes, got a spacing of ", spacing, " elements");
   return spacing;
 }
@@ -70,26 +70,40 @@ HopperActivation hopper_activation(Epilogue epilogue) {
     case Epilogue::kGeglu:
       return HopperActivation::kGelu;
     case Epilogue::kSilu:
+    case Epilogue::kSwiglu:
       return HopperActivation::kSilu;
     default:
       return HopperActivation::kNone;
   }
 }
 
-// After the product, from the workspace where it is gated (and wider than the result), else in place.
+// After the product: in place, or from the workspace where that is gated and wider than the result.
 void add_activation(const MatmulProblem& problem, Way<MatmulPointers>* way) {
-  constexpr int64_t kAlign = 256;                                           // bytes
-  const int64_t wide = problem.is_gated() ? 4 * problem.m * problem.n : 0;  // bytes
+  constexpr int64_t kAlign = 256;                    // bytes
+  const int64_t matrix = 2 * problem.m * problem.n;  // bytes of the result
   const int64_t offset = (way->workspace + kAlign - 1) / kAlign * kAlign;
   way->name += " and activation";
-  if (wide > 0) way->workspace = offset + wide;
+  if (problem.is_gated()) way->workspace = offset + (problem.has_two_weights() ? matrix : 2 * matrix);
   way->run = [=, product = std::move(way->run)](const MatmulPointers& at, void* workspace, cudaStream_t stream) {
-    MatmulPointers to = at;
-    if (wide > 0) to.out = static_cast<char*>(workspace) + offset;
-    product(to, workspace, stream);
     const auto activation = hopper_activation(problem.epilogue);
-    CUDA_CHECK((wide > 0 ? gate : activate)(problem.dtype == CUDA_R_16BF, to.out, at.out, problem.m, problem.n,
-                                            activation, stream));
+    const bool bfloat16 = problem.dtype == CUDA_R_16BF;
+    const int64_t m = problem.m, n = problem.n;
+    char* const behind = static_cast<char*>(workspace) + offset;
+    if (problem.has_two_weights()) {  // the value takes the result's place
+      MatmulPointers of_gate = at;
+      of_gate.weight = at.gate_weight, of_gate.bias = at.gate_bias, of_gate.out = behind;
+      product(of_gate, workspace, stream);
+      product(at, workspace, stream);
+      CUDA_CHECK(gate(bfloat16, at.out, behind, at.out, m, n, n, activation, stream));
+    } else if (problem.is_gated()) {
+      MatmulPointers both = at;
+      both.out = behind;
+      product(both, workspace, stream);
+      CUDA_CHECK(gate(bfloat16, behind, behind + 2 * n, at.out, m, n, 2 * n, activation, stream));
+    } else {
+      product(at, workspace, stream);
+      CUDA_CHECK(activate(bfloat16, at.out, at.out, m, n, activation, stream));
+    }
   };
 }
 
@@ -98,9 +112,14 @@ HopperProblem hopper_problem(const MatmulProblem& p) {
   made.bfloat16 = p.dtype == CUDA_R_16BF;
   made.width = made.out_width = p.m, made.channels = p.k, made.out_channels = p.n;
   made.ld_x = p.ld_x, made.ld_weight = p.ld_weight, made.ld_residual = p.ld_residual;
-  made.gated = p.is_gated();
+  made.channels2 = p.k2, made.ld_x2 = p.ld_x2;
+  made.gated = p.is_gated(), made.two_weights = p.has_two_weights();
   made.activation = hopper_activation(p.epilogue);
   return made;
+}
+
+HopperPointers hopper_pointers(const MatmulPointers& at) {
+  return {at.x, at.x2, at.weight, at.gate_weight, at.bias, at.gate_bias, at.residual, at.out};
 }
 #endif
 
@@ -111,7 +130,7 @@ void propose_cublaslt(const MatmulProblem& problem, const Ask& ask, Cache::Ways*
 #ifdef SFAST_HOPPER
     if (!has_hopper(problem.device)) return;
     product.epilogue = Epilogue::kNone;
-    if (problem.is_gated()) product.n = 2 * problem.n;
+    if (problem.is_gated() && !problem.has_two_weights()) product.n = 2 * problem.n;
 #else
     return;
 #endif
@@ -135,65 +154,109 @@ void propose_cublaslt(const MatmulProblem& problem, const Ask& ask, Cache::Ways*
 
 Cache::Ways propose(const MatmulProblem& problem, const Ask& ask) {
   Cache::Ways ways;
-  if (!is_hopper_recipe(ask.recipe)) propose_cublaslt(problem, ask, &ways);
+  const bool one = ask.first_only || !ask.recipe.empty();
+  if (!is_hopper_recipe(ask.recipe) && problem.k2 == 0) {
+    propose_cublaslt(problem, ask, &ways);
+    if (one && !ways.empty()) return ways;
+  }
 #ifdef SFAST_HOPPER
-  const bool decided = !ways.empty() && (ask.first_only || !ask.recipe.empty());
-  if (!decided) propose_hopper(hopper_problem(problem), problem.device, ask, &ways);
+  propose_hopper(hopper_problem(problem), problem.device, ask, &ways, &hopper_pointers);
 #endif
   return ways;
+}
+
+// What the ops give: x [..., k], x2 [..., k2], weight [n, k + k2] (gated: [2 n, k], or gate_weight alike), and so on.
+struct Operands {
+  Tensor x, weight;
+  std::optional<Tensor> bias, residual, x2, gate_weight, gate_bias;
+};
+
+Tensor multiply(const char* op, const Operands& of, Epilogue epilogue) {
+  const auto dtype = half_dtype(of.x, op);
+  const Tensor &x = of.x, &weight = of.weight;
+  const int64_t k = x.dim() >= 1 ? x.size(x.dim() - 1) : 0, k2 = of.x2 ? of.x2->size(of.x2->dim() - 1) : 0;
+  SFAST_CHECK(x.dim() >= 1 && x.numel() > 0 && weight.dim() == 2 && weight.size(1) == k + k2, op,
+              ": weight [N, K] must fit x [..., K], got ", to_string(weight.sizes()), " and ", to_string(x.sizes()));
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  MatmulProblem problem{};
+  problem.epilogue = epilogue;
+  const bool doubled = problem.is_gated() && !problem.has_two_weights();
+  const int64_t rows = weight.size(0), m = x.numel() / k, n = doubled ? rows / 2 : rows;
+  SFAST_CHECK(n > 0 && n % 8 == 0 && k % 8 == 0 && k2 % 8 == 0 && (!doubled || rows == 2 * n), op,
+              ": N and K must be multiples of 8, got ", to_string(weight.sizes()), doubled ? " gated" : "");
+  SFAST_CHECK(!of.residual || !problem.is_gated(), op, ": a gated product takes no residual");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+
+  const auto check_bias = [&](const std::optional<Tensor>& bias, const char* name) {
+    if (!bias) return;
+    check_operand(*bias, name, x, op);
+    SFAST_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous(), op, ": ", name,
+                " must be contiguous [", rows, "], got ", to_string(bias->sizes()));
+  };
+  const auto check_alike = [&](const Tensor& tensor, const char* name, const std::vector<int64_t>& wanted) {
+    check_operand(tensor, name, x, op);
+    SFAST_CHECK(std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end()) == wanted, op, ": ", name,
+                " must have sizes ", to_string({wanted.data(), wanted.size()}), ", got ", to_string(tensor.sizes()),
+                " for x ", to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
+  };
+  check_operand(x, "x", x, op);
+  check_operand(weight, "weight", x, op);
+  check_bias(of.bias, "bias");
+  check_bias(of.gate_bias, "gate_bias");
+  if (of.residual) check_alike(*of.residual, "residual", sizes);
+  if (of.gate_weight) {
+    check_alike(*of.gate_weight, "gate_weight", {rows, k});
+    SFAST_CHECK(of.gate_bias.has_value() == of.bias.has_value(), op, ": both products have a bias, or none");
+    SFAST_CHECK(row_stride(op, *of.gate_weight, "gate_weight") == row_stride(op, weight, "weight"), op,
+                ": rows of both weights must be equally far apart");
+  }
+  if (of.x2) {
+    std::vector<int64_t> beside = sizes;
+    beside.back() = k2;
+    check_alike(*of.x2, "b", beside);
+  }
+
+  problem.device = x.get_device_index();
+  problem.dtype = dtype == torch::headeronly::ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF;
+  problem.m = m, problem.n = n, problem.k = k, problem.k2 = k2;
+  problem.ld_x = row_stride(op, x, "x");
+  problem.ld_x2 = of.x2 ? row_stride(op, *of.x2, "b") : 0;
+  problem.ld_weight = row_stride(op, weight, "weight");
+  problem.ld_residual = of.residual ? row_stride(op, *of.residual, "residual") : 0;
+  problem.has_bias = of.bias.has_value();
+  problem.has_residual = of.residual.has_value();
+
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
+  Tensor out = empty_strided(sizes, strides, x);
+
+  const auto address = [](const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
+  const MatmulPointers pointers{x.const_data_ptr(),      weight.const_data_ptr(), address(of.bias),
+                                address(of.residual),    out.mutable_data_ptr(),  address(of.x2),
+                                address(of.gate_weight), address(of.gate_bias)};
+  cache().run(problem.key(), "linear " + problem.describe(), problem.device, current_stream(problem.device), pointers,
+              [&](const Ask& ask) { return propose(problem, ask); });
+  return out;
 }
 
 }  // namespace
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               std::string activation) {
-  const auto dtype = half_dtype(x, kOp);
-  SFAST_CHECK(x.dim() >= 1 && x.numel() > 0 && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1), kOp,
-              ": weight [N, K] must fit x [..., K], got ", to_string(weight.sizes()), " and ", to_string(x.sizes()));
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  MatmulProblem problem{};
-  problem.epilogue = parse_epilogue(activation);
-  const int64_t k = weight.size(1), rows = weight.size(0), m = x.numel() / k;
-  const int64_t n = problem.is_gated() ? rows / 2 : rows;
-  SFAST_CHECK(n > 0 && n % 8 == 0 && k % 8 == 0 && (!problem.is_gated() || rows == 2 * n), kOp,
-              ": N and K must be multiples of 8, got ", to_string(weight.sizes()), problem.is_gated() ? " gated" : "");
-  SFAST_CHECK(!residual || !problem.is_gated(), kOp, ": a gated product takes no residual");
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
+  return multiply(kOp, {x, weight, bias, residual, {}, {}, {}}, parse_epilogue(activation));
+}
 
-  check_operand(x, "x", x, kOp);
-  check_operand(weight, "weight", x, kOp);
-  if (bias) {
-    check_operand(*bias, "bias", x, kOp);
-    SFAST_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->is_contiguous(), kOp, ": bias must be contiguous [",
-                rows, "], got ", to_string(bias->sizes()));
-  }
-  if (residual) {
-    check_operand(*residual, "residual", x, kOp);
-    SFAST_CHECK(std::vector<int64_t>(residual->sizes().begin(), residual->sizes().end()) == sizes, kOp,
-                ": residual must have the result's shape, got ", to_string(residual->sizes()), " for x ",
-                to_string(x.sizes()), " and weight ", to_string(weight.sizes()));
-  }
+Tensor linear_cat(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias) {
+  constexpr const char* kCat = "sfast_native::linear_cat";
+  SFAST_CHECK(a.dim() >= 1 && b.dim() == a.dim() && b.numel() > 0, kCat,
+              ": b [..., B] must lie beside a [..., A], got ", to_string(a.sizes()), " and ", to_string(b.sizes()));
+  return multiply(kCat, {a, weight, bias, {}, b, {}, {}}, Epilogue::kNone);
+}
 
-  problem.device = x.get_device_index();
-  problem.dtype = dtype == torch::headeronly::ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF;
-  problem.m = m, problem.n = n, problem.k = k;
-  problem.ld_x = row_stride(x, "x");
-  problem.ld_weight = row_stride(weight, "weight");
-  problem.ld_residual = residual ? row_stride(*residual, "residual") : 0;
-  problem.has_bias = bias.has_value();
-  problem.has_residual = residual.has_value();
-
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
-  Tensor out = empty_strided(sizes, strides, x);
-
-  const cudaStream_t stream = current_stream(problem.device);
-  const MatmulPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
-                                residual ? residual->const_data_ptr() : nullptr, out.mutable_data_ptr()};
-  cache().run(problem.key(), "linear " + problem.describe(), problem.device, stream, pointers,
-              [&](const Ask& ask) { return propose(problem, ask); });
-  return out;
+Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor gate_weight,
+                     std::optional<Tensor> gate_bias) {
+  return multiply("sfast_native::linear_swiglu", {x, weight, bias, {}, {}, gate_weight, gate_bias}, Epilogue::kSwiglu);
 }
 
 bool own_kernels([[maybe_unused]] int64_t device) {

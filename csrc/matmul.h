@@ -1,4 +1,5 @@
 // act(x weight^T + bias + residual) as one cuBLASLt call, over row-major matrices: x [m,k], weight [n,k], out [m,n].
+// The problem also names what is none of cuBLASLt's: gates, and an x that lies in two matrices.
 #pragma once
 
 #include <cublasLt.h>
@@ -11,8 +12,8 @@
 namespace sfast {
 
 // Those from kGelu on are none of cuBLASLt's: its product is activated in a second pass. Gated ones have weight [2n,k]
-// and give value * gelu(gate) of [value, gate] = x weight^T + bias.
-enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh, kGelu, kSilu, kGeglu, kGegluTanh };
+// and give value * gelu(gate) of [value, gate] = x weight^T + bias; kSwiglu has a weight [n,k] for each of the two.
+enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh, kGelu, kSilu, kGeglu, kGegluTanh, kSwiglu };
 
 struct MatmulProblem {
   int64_t device, dtype;  // dtype: a cudaDataType_t
@@ -20,10 +21,12 @@ struct MatmulProblem {
   int64_t ld_x, ld_weight, ld_residual;  // elements from row to row
   int64_t has_bias, has_residual;
   Epilogue epilogue;
+  int64_t k2, ld_x2;  // of x2 [m,k2] at x's side, or 0; weight [n,k+k2]
 
-  bool is_gated() const { return epilogue == Epilogue::kGeglu || epilogue == Epilogue::kGegluTanh; }
+  bool is_gated() const { return epilogue >= Epilogue::kGeglu; }
+  bool has_two_weights() const { return epilogue == Epilogue::kSwiglu; }
   bool is_one_call() const { return epilogue <= Epilogue::kGeluTanh; }  // of cuBLASLt
-  static constexpr size_t kFields = 11;
+  static constexpr size_t kFields = 13;
   std::array<int64_t, kFields> key() const;
   std::string describe() const;
 };
@@ -34,6 +37,9 @@ struct MatmulPointers {
   const void* bias;
   const void* residual;
   void* out;
+  const void* x2 = nullptr;
+  const void* gate_weight = nullptr;
+  const void* gate_bias = nullptr;
 };
 
 struct MatmulAlgorithm {

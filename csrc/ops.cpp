@@ -19,6 +19,13 @@ STABLE_TORCH_LIBRARY(sfast_native, m) {
   // [2 N, K].
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> Tensor");
 
+  // cat(a, b) weight^T + bias, where our own kernels run: a [..., A], b [..., B], weight [N, A + B], A a multiple
+  // of 64.
+  m.def("linear_cat(Tensor a, Tensor b, Tensor weight, Tensor? bias) -> Tensor");
+
+  // value * silu(gate) for value = x weight^T + bias and gate = x gate_weight^T + gate_bias, where our own kernels run.
+  m.def("linear_swiglu(Tensor x, Tensor weight, Tensor? bias, Tensor gate_weight, Tensor? gate_bias) -> Tensor");
+
   // group_norm(x + shift), then SiLU if asked for, in one launch. x [N, S, C] contiguous, shift [N, C], weight and bias
   // [C], float16 or bfloat16. The second says whether the first can: there must be kernels of our own in this build, a
   // GPU with clusters, and an x that its multiprocessors hold.
@@ -63,6 +70,8 @@ int64_t recall(int64_t device, std::string choices) {
 STABLE_TORCH_LIBRARY_IMPL(sfast_native, CUDA, m) {
   m.impl("conv2d", TORCH_BOX(&sfast::conv2d));
   m.impl("linear", TORCH_BOX(&sfast::linear));
+  m.impl("linear_cat", TORCH_BOX(&sfast::linear_cat));
+  m.impl("linear_swiglu", TORCH_BOX(&sfast::linear_swiglu));
   m.impl("group_norm", TORCH_BOX(&sfast::group_norm));
   m.impl("group_norm_takes", TORCH_BOX(&sfast::group_norm_takes));
   m.impl("attention", TORCH_BOX(&sfast::attention));

@@ -17,6 +17,9 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               std::string activation);
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
               std::string activation);
+Tensor linear_cat(Tensor a, Tensor b, Tensor weight, std::optional<Tensor> bias);
+Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor gate_weight,
+                     std::optional<Tensor> gate_bias);
 Tensor group_norm(Tensor x, std::optional<Tensor> shift, int64_t num_groups, std::optional<Tensor> weight,
                   std::optional<Tensor> bias, double eps, bool silu);
 bool group_norm_takes(Tensor x, int64_t num_groups);

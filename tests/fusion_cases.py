@@ -131,6 +131,13 @@ CASES = [
         (V,),
     ),
     Case(
+        "linear_swiglu",
+        lambda x: F.linear(x, LW, LB) * F.silu(F.linear(x, LW + 1, LB - 1)),
+        twice(lambda x: F.silu(F.linear(x, LW, LB)), lambda m: m * F.linear(V, LW + 1, LB)),
+        lambda x: F.silu(F.linear(x, LW, LB)) * F.linear(x + 1, LW, LB),
+        (V,),
+    ),
+    Case(
         "linear_geglu",
         geglu,
         twice(lambda x: F.linear(x, LW, LB), lambda m: m.chunk(2, -1)[0] * F.gelu(m.chunk(2, -1)[1])),

@@ -17,9 +17,13 @@ pytestmark = pytest.mark.gpu
 CUTS = ["128x256", "128x192", "128x160", "128x128", "128x96", "128x64", "256x128", "256x160", "128x128 alternating"]
 ACTIVATED_CUTS = ["128x256", "128x160", "128x128"]
 GATED_CUTS = ["128x256", "128x128", "256x128", "128x128 alternating"]
+# of matrices alone
+MATRIX_CUTS = ["128x256 staged", "192x192 staged", "128x192 staged"]
+ACTIVATED_MATRIX_CUTS = ["128x256 staged", "192x192 staged", "128x192 staged"]
+GATED_MATRIX_CUTS = ["128x256 staged"]
 SHARING = ["", " paired", " split 2", " split 5", " split 8"]
 HALF, BFLOAT16 = (torch.float16, 2), (torch.bfloat16, 14)  # with their numbers in CUDA
-EPILOGUES = ["none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh"]
+EPILOGUES = ["none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh", "swiglu"]
 
 
 def ways(cuts: list[str]) -> list[str]:
@@ -49,12 +53,14 @@ def assert_chosen(way: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("activation", EPILOGUES)
+@pytest.mark.parametrize("activation", EPILOGUES[:-1])
 def test_every_cut_of_a_product(ops, dtype, activation):
     torch_dtype, number = dtype
     gated = "geglu" in activation
     gelu = ACTIVATIONS["gelu_tanh"] if activation == "geglu_tanh" else F.gelu
-    cuts = GATED_CUTS if gated else CUTS if activation == "none" else ACTIVATED_CUTS
+    cuts = GATED_CUTS + GATED_MATRIX_CUTS if gated else ACTIVATED_CUTS + ACTIVATED_MATRIX_CUTS
+    if activation == "none":
+        cuts = CUTS + MATRIX_CUTS
     for i, way in enumerate(ways(cuts)):
         m, n, k = 2 + 131 * i, 8 * (1 + 7 * i), 8 * (256 + i)  # nothing divides; from two rows to many tiles
         rows = 2 * n if gated else n
@@ -71,12 +77,54 @@ def test_every_cut_of_a_product(ops, dtype, activation):
             return F.gelu(out) if activation == "gelu" else ACTIVATIONS[activation](out)
 
         has_residual = int(residual is not None)
-        fields = [number, m, n, k, k + 16, k, 1, has_residual, n * has_residual, EPILOGUES.index(activation)]
+        fields = [number, m, n, k, k + 16, k, 1, has_residual, n * has_residual, EPILOGUES.index(activation), 0, 0]
         choose("linear", fields, way)
         eager, exact = reference(lambda t: t), reference(torch.Tensor.double)
         poison(eager)
         result = ops.linear(x, weight, bias, residual, activation)
         assert_chosen(way, f"x [{m},{k}] weight [{n},{k}]")
+        assert error(result, exact) <= 1.2 * error(eager, exact), way
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=["float16", "bfloat16"])
+def test_a_gate_with_a_weight_of_its_own(ops, dtype):
+    torch_dtype, number = dtype
+    for i, way in enumerate(ways(GATED_CUTS + GATED_MATRIX_CUTS)):
+        m, n, k = 2 + 131 * i, 8 * (1 + 7 * i), 8 * (264 + i)
+        x = half(m, k, dtype=torch_dtype)
+        weights = [half(n, k + 8, dtype=torch_dtype, scale=k**-0.5)[:, :k] for _ in range(2)]
+        biases = [half(n, dtype=torch_dtype) if i % 2 else None for _ in range(2)]
+
+        def reference(cast, x=x, weights=weights, biases=biases):
+            cast_biases = [None if bias is None else cast(bias) for bias in biases]
+            value, gate = (F.linear(cast(x), cast(w), b) for w, b in zip(weights, cast_biases, strict=True))
+            return value * F.silu(gate)
+
+        choose("linear", [number, m, n, k, k, k + 8, i % 2, 0, 0, EPILOGUES.index("swiglu"), 0, 0], way)
+        eager, exact = reference(lambda t: t), reference(torch.Tensor.double)
+        poison(eager)
+        result = ops.linear_swiglu(x, weights[0], biases[0], weights[1], biases[1])
+        assert_chosen(way, f"x [{m},{k}] weight [{n},{k}]")
+        assert error(result, exact) <= 1.2 * error(eager, exact), way
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=["float16", "bfloat16"])
+def test_two_matrices_side_by_side(ops, dtype):
+    torch_dtype, number = dtype
+    for i, way in enumerate(ways(CUTS + MATRIX_CUTS)):
+        m, n, first, second = 2 + 131 * i, 8 * (1 + 7 * i), 64 * (1 + i), 8 * (256 + i)
+        a, b = half(m, first + 8, dtype=torch_dtype)[:, :first], half(m, second, dtype=torch_dtype)
+        weight, bias = (
+            half(n, first + second, dtype=torch_dtype, scale=(first + second) ** -0.5),
+            half(n, dtype=torch_dtype),
+        )
+        fields = [number, m, n, first, first + 8, first + second, 1, 0, 0, 0, second, second]
+        choose("linear", fields, way)
+        eager = F.linear(torch.cat([a, b], 1), weight, bias)
+        exact = F.linear(torch.cat([a, b], 1).double(), weight.double(), bias.double())
+        poison(eager)
+        result = ops.linear_cat(a, b, weight, bias)
+        assert_chosen(way, f"x [{m},{first}+{second}] weight [{n},{first + second}]")
         assert error(result, exact) <= 1.2 * error(eager, exact), way
 
 
@@ -113,11 +161,13 @@ def test_every_cut_of_a_convolution(ops, shape):
 
 def test_tiles_outnumber_the_processors(ops):
     """A block takes many tiles here, and the ring of stages goes round and round."""
-    whole = [way for way in ways(GATED_CUTS) if "split" not in way]  # so many tiles leave nobody to share one with
+    whole = [
+        way for way in ways(GATED_CUTS + GATED_MATRIX_CUTS) if "split" not in way
+    ]  # so many tiles leave nobody to share one with
     for i, way in enumerate(whole):
         m, n, k = 4096 + i, 2560, 640
         x, weight, bias = half(m, k), half(2 * n, k, scale=k**-0.5), half(2 * n)
-        choose("linear", [2, m, n, k, k, k, 1, 0, 0, EPILOGUES.index("geglu")], way)
+        choose("linear", [2, m, n, k, k, k, 1, 0, 0, EPILOGUES.index("geglu"), 0, 0], way)
         value, gate = F.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
         for _ in range(3):
             assert error(ops.linear(x, weight, bias, None, "geglu"), (value * F.gelu(gate)).double()) < 5e-4, way

@@ -160,7 +160,7 @@ def test_a_budget_that_was_given_holds(pool: Pool, said: Any) -> None:
 # Borrowed kernels.
 
 CONV = "conv2d 2 2 320 128 128 320 3 3 128 128 1 1 1 1 1 1 1 1 0 0"
-LINEAR = "linear 2 8192 640 640 640 640 1 1 640 0"
+LINEAR = "linear 2 8192 640 640 640 640 1 1 640 0 0 0"
 
 
 def test_problems_are_numbered_as_in_the_native_library() -> None:
@@ -176,7 +176,9 @@ def test_problems_are_numbered_as_in_the_native_library() -> None:
     assert " ".join(["linear", *map(str, numbers)]) == LINEAR
     query = half(2, 4096, 1920).bfloat16()[..., :640]
     numbers = nearby.linear_problem(query, half(1280, 640).bfloat16(), None, None, "geglu")
-    assert numbers == [14, 8192, 640, 640, 1920, 640, 0, 0, 0, 5]
+    assert numbers == [14, 8192, 640, 640, 1920, 640, 0, 0, 0, 5, 0, 0]
+    numbers = nearby.linear_problem(query, half(1280, 1920).bfloat16(), None, None, "none", query.repeat(1, 1, 2))
+    assert numbers == [14, 8192, 1280, 640, 1920, 1920, 0, 0, 0, 0, 1280, 1280]
 
 
 @pytest.fixture

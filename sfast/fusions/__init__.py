@@ -29,6 +29,7 @@ from sfast.fusions.linear import (
     LINEAR_GELU,
     LINEAR_IMAGE_ADD,
     LINEAR_SILU,
+    LINEAR_SWIGLU,
     SILU_GATE,
 )
 from sfast.fusions.linear_attention import LINEAR_ATTENTION
@@ -87,6 +88,7 @@ FUSIONS: list[Fusion] = [
     GATE_ADD,  # before ADD_LAYER_NORM, which would leave the product
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone
     LINEAR_GELU,
+    LINEAR_SWIGLU,  # before LINEAR_SILU, which would leave the gate
     LINEAR_SILU,
     CONV2D_SILU_GATE,  # before SILU_GATE, which would leave the convolution
     SILU_GATE,

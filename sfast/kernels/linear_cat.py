@@ -1,8 +1,9 @@
 """A linear layer over two tensors side by side, without putting them there: each meets its own columns of the weight.
 
 Transformers whose attention and feed-forward run in parallel join the two before one projection out. The joined tensor is
-the widest of the block, and joining it means to write and to read all of it once more. Two products, of which the second
-adds to the first, need only the result twice. Which of the two ways is faster is measured for each shape.
+the widest of the block, and joining it means to write and to read all of it once more. Our own kernel for matrix products
+takes its operand from two places. Elsewhere two products, of which the second adds to the first, need only the result
+twice. Whether that is faster than joining is measured for each shape.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from sfast.kernels import choice, nearby
 from sfast.kernels.linear import fastest_linear, has_even_rows
-from sfast.kernels.native_ops import HALF, native_linear_takes
+from sfast.kernels.native_ops import HALF, has_linear_cat, native_linear_takes
 from sfast.kernels.op import define
+
+TOGETHER = 64  # columns that our own kernel takes at a time, of one tensor
 
 
 def linear_cat_reference(a: Tensor, b: Tensor, dim: int, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,11 +40,26 @@ def apart(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
+def _from_two_places(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nearby.linear_cat(a, b, weight, bias)
+
+
+def _native_takes(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    operands = (a, b, weight) if bias is None else (a, b, weight, bias)
+    widths = a.shape[-1] % TOGETHER == 0 and b.shape[-1] % 8 == 0 and weight.shape[0] % 8 == 0
+    return widths and all(map(has_even_rows, operands)) and has_linear_cat(a)
+
+
 def _linear_cat(a: Tensor, b: Tensor, dim: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     shapes = "; ".join(f"{list(tensor.shape)} strided {list(tensor.stride())}" for tensor in (a, b, weight))
     question = f"linear_cat of {a.dtype}, {'no ' if bias is None else ''}bias: {shapes}"
     layer = "linear_cat", a.dtype, bias is None, weight.shape, weight.stride(), a.stride()[1:], b.stride()[1:]
-    return choice.fastest(question, {"joined": _joined, "apart": apart}, a, b, weight, bias, layer=layer)
+    ways = {"joined": _joined}
+    if _native_takes(a, b, weight, bias):
+        ways["from two places"] = _from_two_places
+    else:
+        ways["apart"] = apart
+    return choice.fastest(question, ways, a, b, weight, bias, layer=layer)
 
 
 def _takes(a: Tensor, b: Tensor, dim: int, weight: Tensor, bias: Tensor | None) -> bool:

@@ -78,5 +78,15 @@ def _own_kernels(device: int) -> bool:
     return hasattr(torch.ops.sfast_native, "own_kernels") and bool(torch.ops.sfast_native.own_kernels(device))
 
 
+def has_linear_cat(x: Tensor) -> bool:
+    """Whether `sfast_native.linear_cat` runs on x's GPU."""
+    return own_kernels_run_on(x) and hasattr(torch.ops.sfast_native, "linear_cat")
+
+
+def has_linear_swiglu(x: Tensor) -> bool:
+    """Whether `sfast_native.linear_swiglu` runs on x's GPU."""
+    return own_kernels_run_on(x) and hasattr(torch.ops.sfast_native, "linear_swiglu")
+
+
 def _agree(x: Tensor, *others: Tensor | None) -> bool:
     return all(other is None or (other.dtype == x.dtype and other.device == x.device) for other in others)

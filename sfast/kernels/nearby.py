@@ -30,7 +30,7 @@ SLICE = 0.15  # seconds of measuring at one new shape, where that is a choice
 _SIZES = {"conv2d": (1, 3, 4, 8, 9), "linear": (1,)}
 _FACTORS = {"conv2d": (1, 8, 9), "linear": (1,)}
 _DTYPES = {"conv2d": {torch.float16: 2, torch.bfloat16: 9}, "linear": {torch.float16: 2, torch.bfloat16: 14}}
-_EPILOGUES = ("none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh")
+_EPILOGUES = ("none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh", "swiglu")
 
 _active: contextvars.ContextVar[Nearby | None] = contextvars.ContextVar("sfast_nearby", default=None)
 
@@ -64,7 +64,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     nearby = _active.get()
     if nearby is None:
         return _native(torch.ops.sfast_native.conv2d, arguments)
-    return nearby.run("conv2d", conv2d_problem(*arguments), arguments)
+    return nearby.run(torch.ops.sfast_native.conv2d, "conv2d", conv2d_problem(*arguments), arguments)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
@@ -73,7 +73,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     nearby = _active.get()
     if nearby is None:
         return _native(torch.ops.sfast_native.linear, arguments)
-    return nearby.run("linear", linear_problem(*arguments), arguments)
+    return nearby.run(torch.ops.sfast_native.linear, "linear", linear_problem(*arguments), arguments)
+
+
+def linear_cat(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`sfast_native.linear_cat`."""
+    arguments = a, b, weight, bias
+    nearby = _active.get()
+    if nearby is None:
+        return _native(torch.ops.sfast_native.linear_cat, arguments)
+    problem = linear_problem(a, weight, bias, None, "none", b)
+    return nearby.run(torch.ops.sfast_native.linear_cat, "linear", problem, arguments)
+
+
+def linear_swiglu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor | None
+) -> Tensor:
+    """`sfast_native.linear_swiglu`."""
+    arguments = x, weight, bias, gate_weight, gate_bias
+    nearby = _active.get()
+    if nearby is None:
+        return _native(torch.ops.sfast_native.linear_swiglu, arguments)
+    problem = linear_problem(x, weight, bias, None, "swiglu")
+    return nearby.run(torch.ops.sfast_native.linear_swiglu, "linear", problem, arguments)
 
 
 def _native(op: Any, arguments: tuple[Any, ...]) -> Tensor:
@@ -97,17 +119,17 @@ class Nearby:
                 layer, size = _layer_and_size(op, list(map(int, numbers)))
                 self._layers.setdefault(layer, []).append((size, recipe))
 
-    def run(self, op: str, numbers: list[int], arguments: tuple[Any, ...]) -> Tensor:
-        """`sfast_native.<op>(*arguments)`, by a borrowed kernel where that is worth it."""
-        problem = " ".join((op, *map(str, numbers)))
-        recipe = None if problem in self._met else self._recipe(op, numbers)
+    def run(self, op: Any, kind: str, numbers: list[int], arguments: tuple[Any, ...]) -> Tensor:
+        """`op(*arguments)`, a problem of this kind, by a borrowed kernel where that is worth it."""
+        problem = " ".join((kind, *map(str, numbers)))
+        recipe = None if problem in self._met else self._recipe(kind, numbers)
         measures = problem not in self._met and recipe is None
         self._met.add(problem)
         if recipe is not None:
             self.borrowed += 1
             native.borrow(self.device, problem, recipe)
         started = time.perf_counter()
-        result = _native(getattr(torch.ops.sfast_native, op), arguments)
+        result = _native(op, arguments)
         if measures:
             self.measured += 1
             self.spent += time.perf_counter() - started
@@ -156,14 +178,23 @@ def conv2d_problem(
 
 
 def linear_problem(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    beside: Tensor | None = None,
 ) -> list[int]:
-    """x [..., K], weight [D, K], residual [..., D]; of a gated activation the result is half as wide."""
+    """x [..., K], weight [D, K], residual [..., D]; of GEGLU the result is half as wide. With x [..., A] and `beside`
+    [..., B], K is A + B.
+    """
     columns = weight.shape[0] // (2 if activation.startswith("geglu") else 1)
     spacing = [_row_stride(x), _row_stride(weight)]
-    numbers = [_DTYPES["linear"][x.dtype], x.numel() // weight.shape[1], columns, weight.shape[1], *spacing]
+    width = x.shape[-1]
+    numbers = [_DTYPES["linear"][x.dtype], x.numel() // width, columns, width, *spacing]
     numbers += [bias is not None, residual is not None, 0 if residual is None else _row_stride(residual)]
-    return list(map(int, [*numbers, _EPILOGUES.index(activation)]))
+    second = [0, 0] if beside is None else [beside.shape[-1], _row_stride(beside)]
+    return list(map(int, [*numbers, _EPILOGUES.index(activation), *second]))
 
 
 def _row_stride(tensor: Tensor) -> int:

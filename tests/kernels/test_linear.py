@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sfast.kernels import geglu
 from sfast.kernels.geglu import gate_with_gelu, linear_geglu_reference
 from sfast.kernels.linear_activation import linear_gelu_reference, linear_silu_reference
+from sfast.kernels.linear_swiglu import linear_swiglu_reference
 from sfast.kernels.native_ops import native_linear_takes
 from tests.kernels.fp64 import assert_close_to_fp64, error
 
@@ -51,6 +52,17 @@ def test_linear_gelu(dtype, approximate, device) -> None:
 def test_linear_silu(dtype, device) -> None:
     inputs = make(dtype, device)
     assert_close_to_fp64(ops.linear_silu(*inputs), linear_silu_reference, *inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_swiglu(dtype, device) -> None:
+    x, weight, bias = make(dtype, device, depth=32, width=40)  # the native operator takes these
+    gate_weight, gate_bias = make(dtype, device, depth=32, width=40)[1:]
+    copies = [tensor.clone() for tensor in (x, weight, gate_weight)]
+    for biases in [(gate_bias, bias), (None, None), (gate_bias, None)]:
+        inputs = x, gate_weight, biases[0], weight, biases[1]
+        assert_close_to_fp64(ops.linear_swiglu(*inputs), linear_swiglu_reference, *inputs)
+    assert all(map(torch.equal, (x, weight, gate_weight), copies))
 
 
 def test_exact_and_tanh_gelu_are_told_apart(device) -> None:
@@ -116,6 +128,7 @@ def test_fake_tensors(device) -> None:
         (ops.linear_geglu, (x, weight, bias, "none")),
         (ops.linear_gelu, (x, weight, bias, "tanh")),
         (ops.linear_silu, (x, weight, bias)),
+        (ops.linear_swiglu, (x, weight, bias, weight, bias)),
     ]:
         torch.library.opcheck(call.default, inputs, test_utils=("test_schema", "test_faketensor"))
 
