@@ -19,12 +19,15 @@ from sfast.instead import Instead
 from sfast.known import Known
 from sfast.loop import Loop
 from tests.lora_user import STEPS, User, delete, load, own_fallbacks, owners, set_adapters
-from tests.test_image_transformer_pipelines import OTHER_PROMPT, Reading, at_each_step, check, draw
+from tests.test_image_transformer_pipelines import Reading, at_each_step, check, draw
 from tests.tiny import PROMPT, SIZE, Pipeline, picture
 from tests.tiny_video import VIDEO
 from tests.twins import traces
 
 __all__ = ["owners"]
+
+OTHER_PROMPT = "photo of the green background on a white square"  # as long as the other one
+SHORT_PROMPT = "a red square"
 
 # How a pipeline is called without guidance, and in which other ways.
 OFF = {"guidance_scale": 1.0}
@@ -39,13 +42,13 @@ GUIDANCE: dict[str, list[dict[str, Any]]] = {
 }
 
 # How often what each pipeline calls is traced for all of `calls`.
-_QWEN = {"vae.decoder": 1, "text_encoder": 1, "transformer": 3}  # pictures of other sizes, masked prompts
-_EDIT = {**_QWEN, "vae.encoder": 1, "text_encoder": 3}  # lengths of prompts with a picture
+_QWEN = {"vae.decoder": 1, "text_encoder": 1, "transformer": 3}  # with a mask, and for two prompts with and without
+_EDIT = {**_QWEN, "vae.encoder": 1, "text_encoder": 2}  # for each number of pictures
 _WAN = {"vae.decoder": 2, "text_encoder": 1, "transformer": 1}  # the first frame, and the others
 _ONCE = {"vae.decoder": 1, "text_encoder": 1, "transformer": 1}
 TRACES: dict[str, dict[str, int]] = {
     "qwen-image": _QWEN,
-    "qwen-image-edit": _EDIT,
+    "qwen-image-edit": {**_EDIT, "transformer": 4},  # where both pictures have the same size, and where not
     "qwen-image-edit-plus": _EDIT,
     "wan": _WAN,
     "wan-image": {**_WAN, "vae.encoder": 2, "image_encoder": 1},
@@ -56,8 +59,8 @@ TRACES: dict[str, dict[str, int]] = {
     "cogvideox": {**_ONCE, "transformer": 2},  # positions of the size that it was built for are a table
     "cogvideox-5b": _ONCE,
     "cogvideox-image": {**_ONCE, "vae.encoder": 1},
-    "ltx": {**_ONCE, "transformer": 2},  # the size is a number among its arguments
-    "ltx-image": {**_ONCE, "transformer": 2, "vae.encoder": 1},
+    "ltx": {**_ONCE},
+    "ltx-image": {**_ONCE, "vae.encoder": 1},
     "hunyuan-video": {**_ONCE, "text_encoder_2": 1},
 }
 
@@ -87,7 +90,7 @@ def user(request: pytest.FixtureRequest, owners: Callable[[str, str], User], dev
 def calls(name: str) -> list[dict[str, Any]]:
     """Two prompts and seeds, another shape and length, a batch, and all kinds of guidance."""
     shape: dict[str, Any] = {"height": 2 * SIZE}
-    batch: dict[str, Any] = {"batch": 2, "prompt": [PROMPT, OTHER_PROMPT]}
+    batch: dict[str, Any] = {"batch": 2, "prompt": [PROMPT, SHORT_PROMPT]}
     if not name.startswith("qwen"):
         shape["num_frames"] = 17 if name.startswith("ltx") else 9
     if name == "qwen-image-edit-plus":  # takes one prompt, but several pictures
