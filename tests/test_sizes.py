@@ -211,3 +211,26 @@ def test_how_many_dimensions_there_are_is_part_of_the_signature() -> None:
         x = torch.randn(shape)
         assert torch.equal(model(x), eager(x))
     assert sfast.report(model).traces == 2
+
+
+@pytest.mark.gpu
+def test_integers_and_sizes_under_captured_graphs() -> None:
+    def forward(x: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = size
+        image = x.view(len(x), height, int(width), -1)
+        spread = torch.tensor([height / 3, width, len(x)], device=x.device).sum()
+        ids = torch.zeros(height, width)
+        ids[:, 1:] = torch.arange(height)[:, None]
+        return image[:, : math.ceil(height / 2)] * spread + ids.to(x.device)[: math.ceil(height / 2), :, None] * width
+
+    class Model(Scaled):
+        def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+            return forward(x, size) * self.scale
+
+    eager = Model(torch.sin).cuda()
+    model = sfast.compile(copy.deepcopy(eager))
+    for size in ((4, 6), (6, 4), (3, 8), (4, 6), (6, 4)) * 2:
+        x = torch.randn(2, 24, 5, device="cuda")
+        torch.testing.assert_close(model(x, size), eager(x, size))
+    report = sfast.report(model)
+    assert (report.traces, report.graphs, report.fallbacks) == (1, 3, [])
