@@ -13,6 +13,7 @@ from sfast.kernels import (
     geglu,
     linear_attention,
     linear_cat,
+    linear_rounded,
     linear_swiglu,
     modulate,
     rms_norm,
@@ -67,6 +68,13 @@ def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         moved, flops = T * (A + B + D) + D * (A + B), 2 * T * (A + B) * D
         reference = linear_cat.linear_cat_reference
         yield Case("linear_cat", f"{T}x{A}+{B}->{D}", ops.linear_cat, reference, pair, moved, flops)
+    T, A, D = 9680, 3072, 3072
+
+    def wide() -> tuple:
+        return randn(1, T, A).float(), randn(D, A, std=A**-0.5).float(), randn(D).float(), randn(1)
+
+    reference, moved = linear_rounded.linear_rounded_reference, 2 * T * A + T * D
+    yield Case("linear_rounded", f"{T}x{A}->{D}", ops.linear_rounded, reference, wide, moved, 2 * T * A * D)
 
 
 def sana_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:

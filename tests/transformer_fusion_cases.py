@@ -301,4 +301,11 @@ TRANSFORMER_CASES = [
         lambda x: F.silu(x.chunk(2, 1)[0]) * x.chunk(2, 1)[1],  # the other half
         (torch.randn(2, 6, 8),),
     ),
+    Case(
+        "linear_rounded",
+        lambda x: F.linear(x, WIDE.T, None).type_as(HALF),
+        twice(lambda x: F.linear(x, WIDE.T, None), lambda m: m.type_as(HALF)),
+        lambda x: (F.linear(x, WIDE.T, None) + 1).type_as(HALF),
+        (torch.randn(2, 6, 8),),
+    ),
 ]

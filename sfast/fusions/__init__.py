@@ -28,6 +28,7 @@ from sfast.fusions.linear import (
     LINEAR_GEGLU,
     LINEAR_GELU,
     LINEAR_IMAGE_ADD,
+    LINEAR_ROUNDED,
     LINEAR_SILU,
     LINEAR_SWIGLU,
     SILU_GATE,
@@ -116,6 +117,7 @@ FUSIONS: list[Fusion] = [
     CROSS_ATTENTION,  # before LINEAR and ATTENTION, which it contains
     LINEAR_CAT,  # before LINEAR_ADD and LINEAR, which would leave the concatenation
     LINEAR_IMAGE_ADD,
+    LINEAR_ROUNDED,  # before LINEAR, which would leave the conversion
     LINEAR_ADD,  # after ADD_LAYER_NORM, which adds at less cost than an epilogue where it can
     LINEAR,  # after all that contain it
     UPSAMPLE_NEAREST2D,

@@ -6,6 +6,7 @@ from sfast.kernels.geglu import linear_geglu_reference, silu_gate_reference
 from sfast.kernels.linear import linear_add_reference, linear_image_add_reference, linear_reference
 from sfast.kernels.linear_activation import linear_gelu_reference, linear_silu_reference
 from sfast.kernels.linear_cat import linear_cat_reference
+from sfast.kernels.linear_rounded import linear_rounded_reference
 from sfast.kernels.linear_swiglu import linear_swiglu_reference
 from sfast.rewrite import Fusion
 
@@ -26,6 +27,9 @@ LINEAR = Fusion("linear", linear_reference, (_X, _WEIGHT, _BIAS), needs=_NATIVE)
 LINEAR_ADD = Fusion("linear_add", linear_add_reference, (_X, _WEIGHT, _BIAS, _RESIDUAL), needs=_NATIVE)
 LINEAR_IMAGE_ADD = Fusion(
     "linear_image_add", linear_image_add_reference, (_X, _WEIGHT, _BIAS, _SIZE, _IMAGE), needs=_NATIVE
+)
+LINEAR_ROUNDED = Fusion(
+    "linear_rounded", linear_rounded_reference, (_X, _WEIGHT, _BIAS, _RESIDUAL.half()), needs=_NATIVE
 )
 LINEAR_CAT = Fusion(
     "linear_cat", linear_cat_reference, (_X[..., :4], _X[..., 4:], 2, _WEIGHT, _BIAS), needs=("enable_fused_linears",)

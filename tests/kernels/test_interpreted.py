@@ -22,6 +22,7 @@ FILES = [
     "test_layer_norm.py",
     "test_linear.py",
     "test_linear_attention.py",
+    "test_linear_rounded.py",
     "test_modulate.py",
     "test_rotary.py",
     "test_transpose_layer_norm.py",
