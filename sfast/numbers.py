@@ -37,13 +37,18 @@ class Variant:
 
     def serves(self, values: Values) -> bool:
         """Whether Python would decide everything by these values as it did."""
-        try:
-            return all(
-                bool(getattr(operator, name)(left(values), right(values))) == answer
-                for (left, name, right), answer in self.questions.values()
-            )
-        except ArithmeticError:
-            return False
+        return answers(self.questions, values)
+
+
+def answers(questions: Mapping[Hashable, tuple[Question, bool]], values: Values) -> bool:
+    """Whether the answers to some questions are the same for these values."""
+    try:
+        return all(
+            bool(getattr(operator, name)(left(values), right(values))) == answer
+            for (left, name, right), answer in questions.values()
+        )
+    except ArithmeticError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +62,12 @@ class Given:
     values: Values
     family: _Family
 
+    @property
+    def first(self) -> tuple[Hashable, Values, torch.Tensor]:
+        """The signature that such calls had first, the numbers that are baked in there, and their tensor."""
+        values = [self.family.first[place] for place in self.variant.places]
+        return self.family.signature, self.family.first, self.tensor.new_tensor(values)
+
     def record(self) -> Recording:
         """For a trace in which they are inputs."""
         return Recording(self.variant.places, self.values)
@@ -66,6 +77,7 @@ class Given:
 class _Family:
     """Signatures that differ in nothing but numbers."""
 
+    signature: Hashable  # of the first, whose numbers are baked in
     first: Values
     changing: set[Place] = dataclasses.field(default_factory=set)
     pinned: set[Place] = dataclasses.field(default_factory=set)
@@ -112,7 +124,7 @@ class Numbers:
         if len(self._families) >= MAX_FAMILIES:
             del self._families[next(iter(self._families))]
         family = self._families.setdefault(
-            (*_without(structure, key_without, everything), kinds, *rest), _Family(values)
+            (*_without(structure, key_without, everything), kinds, *rest), _Family(signature, values)
         )
         changed = {place for place, value in values.items() if not _is_same(value, family.first[place])}
         new = changed - family.changing - family.pinned

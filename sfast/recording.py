@@ -111,6 +111,7 @@ class Recording(TorchFunctionMode):
         self.pinned: set[Place] = set()
         self._thread = 0
         self._cast: dict[torch.dtype, torch.Tensor] = {}
+        self.places = places
         self._numbers = {place: self._number(i, place, values[place]) for i, place in enumerate(places)}
 
     def __enter__(self) -> Recording:

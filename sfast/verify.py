@@ -38,7 +38,7 @@ class Check:
         self.refused: str | None = None  # why this call must not be compiled at all
         state = component.state
         self._device = state.device
-        self._before = _random_state(self._device)
+        self._before = random_state(self._device)
         given: list[torch.Tensor] = []
         flatten((args, kwargs), given)
         contents = Contents((args, kwargs))
@@ -50,7 +50,7 @@ class Check:
         with state.trial() as trial:
             self.expected = run_eagerly(component.eager, state, args, kwargs)
 
-        self._after = _random_state(self._device)
+        self._after = random_state(self._device)
         self._tensors: list[torch.Tensor] = []
         self._structure: Hashable = None
         others = state.refresh_after(trial)
@@ -80,11 +80,11 @@ class Check:
 
     def rewind(self) -> None:
         """Before each attempt: the random numbers that eager started with."""
-        _set_random_state(self._device, self._before)
+        set_random_state(self._device, self._before)
 
     def finish(self) -> None:
         """The random numbers go on where one eager call has left them."""
-        _set_random_state(self._device, self._after)
+        set_random_state(self._device, self._after)
 
     def give_back(self) -> Any:
         """Eager's own result, where nothing compiled takes its place."""
@@ -137,7 +137,7 @@ def run_eagerly(eager: Callable[..., Any], state: ModuleState, args: Any, kwargs
     tensors: list[torch.Tensor] = [*state.own]
     with contextlib.suppress(UnsupportedStructure):
         flatten((args, kwargs), tensors)
-    versions, drawn = [version_of(tensor) for tensor in tensors], _random_state(state.device)
+    versions, drawn = [version_of(tensor) for tensor in tensors], random_state(state.device)
     contents = Contents((args, kwargs))
     try:
         return eager(*args, **kwargs)
@@ -145,7 +145,7 @@ def run_eagerly(eager: Callable[..., Any], state: ModuleState, args: Any, kwargs
         written = [version_of(tensor) for tensor in tensors] != versions or contents.changes([]) != ()
         if written or not is_out_of_memory(error) or not make_room(state.device):
             raise
-    _set_random_state(state.device, drawn)
+    set_random_state(state.device, drawn)
     return eager(*args, **kwargs)
 
 
@@ -189,11 +189,13 @@ def _python_random_state() -> Hashable:
     return random.getstate(), tuple(drawn[0]), drawn[1]
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of PyTorch's generators, on the host and on a GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+def set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """What `random_state` has found."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

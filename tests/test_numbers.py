@@ -40,10 +40,10 @@ def pair(use: Callable[[Tensor, Any], Tensor], **config: Any) -> tuple[Net, Net]
     return copy.deepcopy(net), sfast.compile(net, CompilationConfig(**config))
 
 
-def traces(use: Callable[[Tensor, Any], Tensor], *scales: Any, dtype: torch.dtype = torch.float32) -> int:
+def traces(use: Callable[[Tensor, Any], Tensor], *scales: Any, **config: Any) -> int:
     """How often a call is traced for these values, each of which gives what eager gives."""
-    eager, compiled = (net.to(dtype) for net in pair(use))
-    x = torch.randn(3, 6).to(dtype)
+    eager, compiled = pair(use, **config)
+    x = torch.randn(3, 6)
     for scale in (*scales, *scales):
         torch.testing.assert_close(compiled(x, scale), eager(x, scale))
     report = sfast.report(compiled)
@@ -129,6 +129,12 @@ def test_what_no_tensor_can_stand_for_has_a_trace_for_each_value(use: Any) -> No
 
 def test_what_is_baked_in_past_a_numbers_methods_is_noticed_at_the_next_value() -> None:
     assert traces(past_its_methods, 0.7, 0.2, 1.0, 0.5) == 4 + 1  # that of the second value is not asked again
+    assert traces(past_its_methods, 0.7, 0.2, 1.0, 0.5, verify=False) == 4
+
+
+def test_nobody_is_asked_where_nothing_is_compared_with_eager() -> None:
+    assert traces(in_a_list, *MANY, verify=False) == 2
+    assert traces(limited, 0.5, 0.6, 0.7, 0.3, 2.0, 3.0, 0.8, 0.01, 0.02, verify=False) == 4
 
 
 def test_an_int_is_no_float_and_a_flag_is_none() -> None:
