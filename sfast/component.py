@@ -223,7 +223,12 @@ class Component(StandIn):
     def _run_ahead(self, args: Any, kwargs: Any, structure: Hashable, tensors: list[torch.Tensor]) -> Ahead | None:
         """Launch what this call replayed before, so that the GPU works while we look whether it is still right."""
         state = self.state
-        if not self.config.enable_cuda_graph or state.adapters.dirty or not state.in_place() or state.why_eager(tensors):
+        if (
+            not self.config.enable_cuda_graph
+            or state.adapters.dirty
+            or not state.in_place()
+            or state.why_eager(tensors)
+        ):
             return None
         call = self._look_at(args, kwargs, structure, tensors)
         plan = self.plans.get(call.key)

@@ -32,7 +32,9 @@ CASES: dict[str, Case] = {
         timeless=True,
     ),
     "Ideogram4PromptEnhancerHead": Case(
-        {"hidden_size": 16, "vocab_size": 32}, lambda s: {"hidden_states": s.noise(s.batch, s.tokens, 16)}, timeless=True
+        {"hidden_size": 16, "vocab_size": 32},
+        lambda s: {"hidden_states": s.noise(s.batch, s.tokens, 16)},
+        timeless=True,
     ),
     "ReduxImageEncoder": Case(
         {"redux_dim": 8, "txt_in_features": 16}, lambda s: {"x": s.noise(s.batch, s.tokens, 8)}, timeless=True
