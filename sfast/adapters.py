@@ -29,10 +29,8 @@ from sfast.checksums import Checksums
 from sfast.collection import without_collection
 from sfast.cuda_graph import GraphPool, Patience, can_capture, pool_of
 from sfast.fallback import is_out_of_memory, let_through
-from sfast.merged import Adapted, CannotMerge, Merged, is_adapted
+from sfast.merged import Adapted, CannotMerge, Merged
 from sfast.placement import owned_alone
-
-__all__ = ["Adapted", "Adapters", "CannotMerge", "is_adapted"]
 
 Job = tuple[Adapted, list[tuple[str, float]], list[torch.nn.Parameter]]  # a layer, its active adapters, what they touch
 
