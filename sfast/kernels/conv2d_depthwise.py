@@ -24,8 +24,9 @@ from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 ops = torch.ops.sfast
 
-STRIP, CHANNELS = 16, 64  # of a tile
-ROWS = 32  # that a program walks down; it reads two more
+STRIP, CHANNELS = 8, 64  # of a tile
+ROWS = 16  # that a program walks down; it reads two more
+PIXELS = 32  # of a tile that gathers taps
 
 # x [N, C, H, W] channels-last, weight [C, 1, R, S], bias [C]
 
@@ -95,11 +96,11 @@ def convolve(
     if (R, S) == (3, 3) and stride == dilation == [1, 1]:
         strips, rows = triton.cdiv(Q, STRIP), min(P, ROWS)
         _depthwise_walk[blocks, strips * triton.cdiv(P, rows), N](
-            *operands, H, W, P, Q, C, strips, rows, *padding, STRIP=STRIP, **shape, num_warps=8
+            *operands, H, W, P, Q, C, strips, rows, *padding, STRIP=STRIP, **shape, num_warps=4
         )
     else:
-        _depthwise_taps[blocks, triton.cdiv(P * Q, STRIP), N](
-            *operands, H, W, P, Q, C, R, S, *stride, *padding, *dilation, PIXELS=STRIP, **shape, num_warps=4
+        _depthwise_taps[blocks, triton.cdiv(P * Q, PIXELS), N](
+            *operands, H, W, P, Q, C, R, S, *stride, *padding, *dilation, PIXELS=PIXELS, **shape, num_warps=4
         )
     return out
 
@@ -147,7 +148,7 @@ def _depthwise_walk(
             first_g += tl.load(bias + own + c, mask=known, other=0).to(tl.float32)[None, :]
     above, here, above_g, here_g = first, first, first_g, first_g  # sums of the rows of out above h and at h
 
-    for i in range(rows + 2):
+    for i in tl.range(0, rows + 2, num_stages=4):  # three rows are on their way while one is multiplied
         h, p = q * 0 + (top + i - padding_h), q * 0 + (top + i - 2)
         below, below_g = first, first_g
         for s in tl.static_range(3):

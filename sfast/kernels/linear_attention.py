@@ -17,7 +17,7 @@ from sfast.kernels.overlap import launch_options, wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton, triton_takes
 
 WIDEST = 64  # heads whose matrix fits into registers
-TOKENS = 64  # of a tile
+TOKENS, QUERIES = 64, 128  # of the two kernels' tiles
 PROGRAMS = 512  # that a large GPU wants at least
 MOST_PIECES = 16  # whose sums each program of the second kernel adds up
 
@@ -43,12 +43,12 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, sizes: list[int
     tokens = triton.cdiv(triton.cdiv(S, pieces), TOKENS) * TOKENS
     matrices = torch.empty((B, H, pieces, D + 1, D), dtype=torch.float32, device=query.device)
     out = query.new_empty(query.shape)
-    shape = {"TOKENS": TOKENS, "WIDTH": max(16, triton.next_power_of_2(D)), **launch_options(query.device)}
+    shape = {"WIDTH": max(16, triton.next_power_of_2(D)), **launch_options(query.device)}
     _sum_matrices[H, pieces, B](
-        key, value, matrices, S, tokens, D, *key.stride()[:2], *value.stride()[:2], **shape, num_warps=4
+        key, value, matrices, S, tokens, D, *key.stride()[:2], *value.stride()[:2], TOKENS=TOKENS, **shape, num_warps=4
     )
-    _multiply_queries[H, triton.cdiv(T, TOKENS), B](
-        query, matrices, out, T, pieces, D, *query.stride()[:2], eps, **shape, num_warps=4
+    _multiply_queries[H, triton.cdiv(T, QUERIES), B](
+        query, matrices, out, T, pieces, D, *query.stride()[:2], eps, QUERIES=QUERIES, **shape, num_warps=4
     )
     return out
 
@@ -102,14 +102,14 @@ def _multiply_queries(
     query_batch: tl.tensor,
     query_token: tl.tensor,
     eps: tl.tensor,
-    TOKENS: tl.constexpr,
+    QUERIES: tl.constexpr,
     WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """TOKENS rows of one head of out [B, T, H, D]."""
+    """QUERIES rows of one head of out [B, T, H, D]."""
     head, batch, heads = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     lane = tl.arange(0, WIDTH)
-    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    token = (tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)[:, None]
     known = lane < D
     live = (token < T) & known[None, :]
     matrix = tl.zeros([WIDTH, WIDTH], tl.float32)  # [D of key, D of value]
@@ -142,7 +142,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, sizes: list[int], eps: flo
     H = _heads(query, sizes)
     if H == 0 or query.shape[2] // H > WIDEST or query.numel() == 0 or key.numel() == 0:
         return False
-    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[0] > 65535 or query.shape[1] > 65535 * TOKENS:
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[0] > 65535 or query.shape[1] > 65535 * QUERIES:
         return False
     if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (query.shape[0], query.shape[2]):
         return False

@@ -198,6 +198,7 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
     added = next((part for part in job.more if part is not None), None)
     block, pieces = tile(width)
     rows = max(1, WARP // block)
+    held = WARP if job.weight_y is None and added is None else WARP // 2  # by a warp; of many parts it holds fewer
     blocks = triton.cdiv(T, rows)
     bits.modulate_rows[(B * blocks,)](
         x,
@@ -219,7 +220,7 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         BLOCK=block,
         PIECES=pieces,
         **launch_options(x.device),
-        num_warps=max(1, block // WARP),
+        num_warps=max(1, block // held),
     )
     return out, total
 

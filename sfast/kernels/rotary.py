@@ -22,7 +22,8 @@ from sfast.kernels.triton_or_none import triton, triton_takes
 NARROWEST, WIDEST = 16, 256  # heads
 MOST_TOGETHER = 8192  # elements of all heads of a token, where they have one norm
 HEADS = 8  # of a program's tile
-ELEMENTS, WARPS = 2048, 4  # of the tile: as many tokens as make that up
+MANY = 32  # heads, where a row of the table is rearranged before it can be used
+ELEMENTS, WARPS = 2048, 4  # of the tile: as many tokens as make that up, or twice that of many heads
 
 # x, a, b [B, T, H, D] with any strides of the first three, or [B, H, T, D], the same in another order: the tables, which have
 # one row for all heads, tell which. weights [D]; cos, sin [.., D]; a complex table [.., D / 2] is cos + i sin of each pair.
@@ -141,8 +142,9 @@ def process(job: Job) -> Tensor:
     T = Ta + (job.second.x.shape[1] if job.second else 0)
     y = a.x.new_empty(B, T, H, D)
     width, norm = triton.next_power_of_2(D), _norm(a)
-    heads = triton.next_power_of_2(H) if norm == "token" else HEADS
-    tokens = max(1, ELEMENTS // (heads * width))
+    heads, elements = (MANY, 2 * ELEMENTS) if a.table and a.table.kind != "full" else (HEADS, ELEMENTS)
+    heads = triton.next_power_of_2(H if norm == "token" else min(H, heads))
+    tokens = max(1, elements // (heads * width))
     blocks = triton.cdiv(Ta, tokens) + triton.cdiv(T - Ta, tokens)
     rotate_heads[blocks, triton.cdiv(H, heads), B](
         *(a.x, b.x, y),

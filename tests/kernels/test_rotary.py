@@ -113,7 +113,7 @@ def test_two_tensors_one_behind_the_other(shape, dtype, device, runs_kernel) -> 
 
 
 def test_many_tokens_of_which_a_program_takes_some(device, monkeypatch) -> None:
-    monkeypatch.setattr(rotary, "ELEMENTS", 4 * rotary.HEADS * 16)  # four tokens: each of the two ends amid a program's
+    monkeypatch.setattr(rotary, "ELEMENTS", 4 * 4 * 16)  # four tokens: each of the two ends amid a program's
     a, b = (heads((2, tokens, 3, 16), device, torch.float32) for tokens in (7, 13))
     inputs = (a, weights(16, device, torch.float32), 1e-6, b, weights(16, device, torch.float32), 1e-2)
     inputs = (*inputs, *tables(20, 16, device))
