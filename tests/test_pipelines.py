@@ -231,7 +231,7 @@ def test_on_a_gpu_in_fp16(name: str) -> None:
     own = [(what, why) for what, why in report.fallbacks if what.startswith(tuple(COMPONENTS[name]))]
     upcast = [("vae.encoder", Rest.WHY)] if name == "video" else []  # to fp32 and back, for each picture
     assert own in ([], upcast)
-    assert report.traces == sum(COMPONENTS[name].values())
+    assert report.traces <= sum(COMPONENTS[name].values())
     assert report.graphs >= 2 * sum(traces > 0 for traces in COMPONENTS[name].values())  # two sizes
     assert report.graph_memory > 0
 
