@@ -53,7 +53,9 @@ ATTENTION = [  # B, H, queries, keys, head size: themselves, a prompt, a VAE's m
     *[(2, 8, 256, 256, 160), (2, 10, 4096, 77, 64), (2, 20, 1024, 77, 64), (2, 8, 4096, 77, 40), (2, 8, 1024, 77, 80)],
     *[(2, 8, 256, 77, 160), (1, 1, 4096, 4096, 512), (1, 1, 16384, 16384, 512)],
     *[(18432, 5, 14, 14, 64), (4608, 10, 14, 14, 64), (18432, 5, 14, 1, 64), (28, 5, 9216, 1, 64)],
+    *[(1, 24, 4608, 4608, 128), (2, 24, 4429, 4429, 64), (2, 16, 4096, 4096, 72), (1, 24, 4352, 4352, 96)],
 ]
+MASKED = [(2, 16, 4096, 300, 72), (2, 20, 1024, 300, 112), (1, 24, 4352, 4352, 96)]
 
 
 class Timing(NamedTuple):
@@ -240,6 +242,15 @@ def attention_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         moved, flops = 2 * B * H * (T + N) * D, 4 * B * H * T * N * D if N > 64 else 0
         op, reference = torch.ops.sfast.attention, attention.attention_reference
         yield Case("attention", f"{B}x{H}x{T}x{N}x{D}", op, reference, heads, moved, flops)
+    for B, H, T, N, D in MASKED:
+
+        def masked(B: int = B, H: int = H, T: int = T, N: int = N, D: int = D) -> tuple:
+            query, key, value = (randn(B, n, H * D).view(B, n, H, D).transpose(1, 2) for n in (T, N, N))
+            return query, key, value, randn(B, 1, 1, N), None
+
+        moved, flops = 2 * B * H * (T + N) * D, 4 * B * H * T * N * D
+        op, reference = torch.ops.sfast.masked_attention, attention.masked_attention_reference
+        yield Case("masked_attention", f"{B}x{H}x{T}x{N}x{D}", op, reference, masked, moved, flops)
 
 
 def measure(case: Case, dtype: torch.dtype, warm: bool) -> str:

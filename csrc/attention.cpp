@@ -2,9 +2,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <algorithm>
 #include <cmath>
-#include <iterator>
 
 #include "check.h"
 #include "ops.h"
@@ -36,9 +34,22 @@ AttentionOperand operand(const Tensor& tensor, const char* name, const Tensor& q
   return result;
 }
 
+AttentionMask mask_of(const Tensor& mask, const Tensor& query, const Tensor& key) {
+  using torch::headeronly::ScalarType;
+  const bool boolean = mask.scalar_type() == ScalarType::Bool;
+  SFAST_CHECK((boolean || mask.scalar_type() == query.scalar_type()) && mask.is_cuda() &&
+                  mask.get_device_index() == query.get_device_index(),
+              kOp, ": mask must be boolean or of the type of query, on its device");
+  SFAST_CHECK(mask.dim() == 4 && mask.size(0) == query.size(0) && mask.size(1) == query.size(1) && mask.size(2) == 1 &&
+                  mask.size(3) == key.size(2) && (mask.stride(3) == 1 || mask.size(3) == 1),
+              kOp, ": mask must be [batch, heads, 1, keys] with contiguous keys, got ", to_string(mask.sizes()),
+              " strides ", to_string(mask.strides()));
+  return {mask.const_data_ptr(), mask.stride(0), mask.stride(1), boolean};
+}
+
 }  // namespace
 
-Tensor attention(Tensor query, Tensor key, Tensor value, double scale) {
+Tensor attention(Tensor query, Tensor key, Tensor value, double scale, std::optional<Tensor> mask) {
   const auto dtype = half_dtype(query, kOp);
   SFAST_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.numel() > 0 && key.numel() > 0, kOp,
               ": query, key and value must be [batch, heads, tokens, head size], got ", to_string(query.sizes()), ", ",
@@ -50,9 +61,8 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale) {
   }
   SFAST_CHECK(key.size(2) == value.size(2), kOp, ": there must be a value for each key, got ", to_string(key.sizes()),
               " and ", to_string(value.sizes()));
-  const int64_t sizes[] = {40, 64, 80, 128, 160};
-  SFAST_CHECK(std::find(std::begin(sizes), std::end(sizes), query.size(3)) != std::end(sizes), kOp,
-              ": the head size must be 40, 64, 80, 128 or 160, got ", query.size(3));
+  SFAST_CHECK(query.size(3) % 8 == 0 && query.size(3) <= kWidestHead, kOp,
+              ": the head size must be a multiple of 8 up to ", kWidestHead, ", got ", query.size(3));
   SFAST_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale must be positive, got ", scale);
   const int device = query.get_device_index();
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
@@ -63,6 +73,14 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale) {
   problem.query = operand(query, "query", query);
   problem.key = operand(key, "key", query);
   problem.value = operand(value, "value", query);
+  std::optional<Tensor> terms;
+  if (mask) {
+    problem.mask = mask_of(*mask, query, key);
+    const int64_t rows = query.size(0) * (problem.mask.head == 0 ? 1 : query.size(1));
+    const int64_t padded = (key.size(2) + kMaskUnit - 1) / kMaskUnit * kMaskUnit;
+    terms = empty_strided({2 * rows * padded}, {1}, query);  // of two bytes
+    problem.terms = static_cast<float*>(terms->mutable_data_ptr());
+  }
   problem.batch = query.size(0), problem.heads = query.size(1), problem.queries = query.size(2);
   problem.keys = key.size(2), problem.head_size = query.size(3);
   problem.scale = static_cast<float>(scale);
@@ -78,7 +96,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, double scale) {
 
 #else
 
-Tensor attention(Tensor, Tensor, Tensor, double) {
+Tensor attention(Tensor, Tensor, Tensor, double, std::optional<Tensor>) {
   fail("sfast_native::attention: this build has no kernels of our own (nvcc was not found)");
 }
 

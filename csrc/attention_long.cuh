@@ -5,23 +5,29 @@
 // for them but the exponentials of that block, and the values of the block before are summed behind those exponentials;
 // between warpgroups a baton makes them issue their products in turn, so that one's exponentials run beside another's
 // products. The blocks go from the last to the first: only the first one done must mask keys that do not exist. A
-// thread block goes on to its next tile of queries while the copies for it are under way.
+// thread block goes on to its next tile of queries while the copies for it are under way; what whole rounds of tiles
+// leave is shared out in smaller ones.
 #pragma once
 
-#include "attention_launch.cuh"
+#include "attention_mask.cuh"
 #include "attention_tile.cuh"
 
 namespace sfast::attention {
 
 struct LongArguments {
   CUtensorMap query, key, value, out;
-  int heads, queries, keys, query_tiles, tiles;
-  float scale;  // times log2(e)
+  int all_heads, heads, queries, keys;
+  int units;               // of a head
+  int rounds, last_units;  // whole rounds of tiles, and how much each block does in the one behind them
+  float scale;             // times log2(e)
+  MaskTerms terms;
 };
 
-template <typename T_, int D_, int kWarpgroups_, int N_>
+// kHeld: queries stay in registers, which spares reading them from shared memory for each block of keys.
+template <typename T_, int D_, int kWarpgroups_, int N_, bool kHeld_, bool kMasked_ = false>
 struct LongKernel {
   using T = T_;
+  static constexpr bool kHeld = kHeld_, kMasked = kMasked_;
   static constexpr int D = D_, N = N_, kWarpgroups = kWarpgroups_, kStages = 2;
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // on a processor
@@ -50,15 +56,19 @@ struct RingPlace {
   }
 };
 
+// What a thread block works on in a round. All heads have as many units of rows, a multiple of the warpgroups, of which
+// the last ones may not exist; `active` warpgroups have some.
 struct QueryTile {
-  int batch, head, row, active;  // `active` warpgroups have rows to work on
+  int batch, head, row, active;
 
-  __device__ inline QueryTile(const LongArguments& arguments, int tile, int warpgroups) {
-    const int all_heads = tile / arguments.query_tiles;
+  __device__ inline QueryTile(const LongArguments& arguments, int round, int warpgroups) {
+    const int before = round * gridDim.x * warpgroups,
+              here = round < arguments.rounds ? warpgroups : arguments.last_units;
+    const int unit = before + blockIdx.x * here, all_heads = unit / arguments.units;
     batch = all_heads / arguments.heads;
     head = all_heads % arguments.heads;
-    row = tile % arguments.query_tiles * warpgroups * kUnit;
-    active = min(warpgroups, (arguments.queries - row + kUnit - 1) / kUnit);
+    row = unit % arguments.units * kUnit;
+    active = all_heads < arguments.all_heads ? max(0, min(here, (arguments.queries - row + kUnit - 1) / kUnit)) : 0;
   }
 };
 
@@ -68,8 +78,9 @@ __device__ inline void produce(typename K::Shared& shared, const LongArguments& 
   RingPlace<K::kStages> place;
   uint32_t query_parity[K::kWarpgroups] = {};
   wait_for_previous_kernel();
-  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
-    const QueryTile tile(arguments, index, K::kWarpgroups);
+  for (int round = 0; round <= arguments.rounds; ++round) {
+    const QueryTile tile(arguments, round, K::kWarpgroups);
+    if (tile.active == 0) continue;
 #pragma unroll
     for (int w = 0; w < K::kWarpgroups; ++w) {
       if (w >= tile.active) continue;
@@ -131,12 +142,15 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
   RingPlace<K::kStages> place;
   uint32_t query_parity = 0;
   float scores[N / 2], sums[D / 2], decay[2];
-  uint32_t weights[N / 16][4];
+  float2 terms[N / 8];
+  uint32_t weights[N / 16][4], held[kSteps<D>][4];
   RowState rows;
 
+  if (K::kMasked) wait_for_previous_kernel();
   if (warpgroup == K::kWarpgroups - 1) Baton<K>::hand_on(warpgroup);
-  for (int index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
-    const QueryTile tile(arguments, index, K::kWarpgroups);
+  for (int round = 0; round <= arguments.rounds; ++round) {
+    const QueryTile tile(arguments, round, K::kWarpgroups);
+    if (tile.active == 0) continue;
     if (warpgroup >= tile.active) {
       stand_by<K>(shared, place, key_blocks, warpgroup);
       continue;
@@ -144,16 +158,33 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
     const uint8_t* query = shared.query[warpgroup];
     wait(&shared.query_full[warpgroup], query_parity);
     query_parity ^= 1;
+    if constexpr (K::kHeld) {
+#pragma unroll
+      for (int k = 0; k < kSteps<D>; ++k) load_operand(held[k], query, k);
+    }
+    const auto score_all = [&](const uint8_t* key) {
+      if constexpr (K::kHeld) {
+        score<T, D, N>(scores, held, key);
+      } else {
+        score<T, D, N>(scores, query, key);
+      }
+    };
 
     wait(&shared.key_full[place.stage], place.parity);
     begin_products();
-    score<T, D, N>(scores, query, shared.key[place.stage]);
+    score_all(shared.key[place.stage]);
     commit_products();
+    const float* const all_terms = K::kMasked ? arguments.terms.row(tile.batch, tile.head) : nullptr;
+    if constexpr (K::kMasked) load_terms<N>(terms, all_terms + (key_blocks - 1) * N);
     wait_products<0>();
     pin(scores);
     if (signals) arrive(&shared.key_empty[place.stage]);
-    mask_keys<N>(scores, arguments.keys - (key_blocks - 1) * N);
-    exponentiate<N, true>(scores, rows, decay, arguments.scale);
+    if constexpr (K::kMasked) {
+      add_terms<N>(scores, terms);
+    } else {
+      mask_keys<N>(scores, arguments.keys - (key_blocks - 1) * N);
+    }
+    exponentiate<N, true, K::kMasked>(scores, rows, decay, arguments.scale);
     to_operand<N, T>(scores, weights);
 
     for (int block = 1; block < key_blocks; ++block) {
@@ -165,15 +196,24 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
       pin(scores);
       pin(sums);
       begin_products();
-      score<T, D, N>(scores, query, shared.key[place.stage]);
+      score_all(shared.key[place.stage]);
       commit_products();
       weigh<T, D, N>(sums, weights, shared.value[previous.stage], block > 1);
       commit_products();
       Baton<K>::hand_on(warpgroup);
+      if constexpr (K::kMasked) load_terms<N>(terms, all_terms + (key_blocks - 1 - block) * N);
       wait_products<1>();
       pin(scores);
-      if (signals) arrive(&shared.key_empty[place.stage]);
-      const bool decays = exponentiate<N, false>(scores, rows, decay, arguments.scale);
+      bool decays;
+      if constexpr (K::kMasked) {
+        if (signals) arrive(&shared.key_empty[place.stage]);
+        add_terms<N>(scores, terms);
+        decays = exponentiate<N, false, true>(scores, rows, decay, arguments.scale);
+      } else {
+        decays = exponentiate_boldly<N>(scores, rows, decay, arguments.scale,
+                                        [&] { score_of_warp<T, D, N>(scores, query, shared.key[place.stage]); });
+        if (signals) arrive(&shared.key_empty[place.stage]);
+      }
       wait_products<0>();
       pin(sums);
       if (signals) arrive(&shared.value_empty[previous.stage]);
@@ -190,7 +230,10 @@ __device__ inline void consume(typename K::Shared& shared, const LongArguments& 
     begin_products();
     weigh<T, D, N>(sums, weights, shared.value[place.stage], key_blocks > 1);
     commit_products();
-    const float factor[2] = {1 / row_sum(rows.sum[0]), 1 / row_sum(rows.sum[1])};
+    float factor[2] = {1 / row_sum(rows.sum[0]), 1 / row_sum(rows.sum[1])};
+    if (K::kMasked) {
+      for (float& f : factor) f = isinf(f) ? 0 : f;
+    }
     if (threadIdx.x % 128 == 0) wait_stores_read<0>();  // of the tile before
     sync_threads(4 + warpgroup, 128);
     wait_products<0>();
@@ -238,6 +281,26 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
   }
 }
 
+struct Rounds {
+  int blocks, units, whole, last_units;
+};
+
+// Whole rounds of tiles, one for each block, and a last one of what is left: fewer rows for each block, where heads and
+// what begins there can be divided so.
+template <class K>
+Rounds plan_rounds(const AttentionProblem& problem, int most_blocks) {
+  Rounds made;
+  const int per_head = divide_up(problem.queries, K::kWarpgroups * kUnit);
+  const int tiles = per_head * problem.heads * problem.batch;
+  made.blocks = tiles < most_blocks ? tiles : most_blocks;
+  made.units = per_head * K::kWarpgroups;
+  made.whole = tiles / made.blocks;
+  const int left = tiles % made.blocks * K::kWarpgroups, done = made.whole * made.blocks * K::kWarpgroups;
+  made.last_units = divide_up(left, made.blocks);
+  while (made.last_units > 0 && (made.units % made.last_units != 0 || done % made.last_units != 0)) ++made.last_units;
+  return made;
+}
+
 template <class K>
 void launch_long(const AttentionProblem& problem, cudaStream_t stream) {
   LongArguments arguments;
@@ -246,12 +309,12 @@ void launch_long(const AttentionProblem& problem, cudaStream_t stream) {
   arguments.value = map_rows(problem, problem.value, problem.keys, K::N);
   arguments.out = map_rows(problem, problem.out, problem.queries, kUnit);
   arguments.heads = problem.heads, arguments.queries = problem.queries, arguments.keys = problem.keys;
-  arguments.query_tiles = divide_up(problem.queries, K::kWarpgroups * kUnit);
-  arguments.tiles = arguments.query_tiles * problem.heads * problem.batch;
+  arguments.all_heads = problem.heads * problem.batch;
+  const Rounds rounds = plan_rounds<K>(problem, K::kBlocks * problem.processors);
+  arguments.units = rounds.units, arguments.rounds = rounds.whole, arguments.last_units = rounds.last_units;
   arguments.scale = problem.scale * kLog2E;
-  const int blocks =
-      arguments.tiles < K::kBlocks * problem.processors ? arguments.tiles : K::kBlocks * problem.processors;
-  launch(attention_long<K>, dim3(blocks), K::kThreads, K::kSharedBytes, stream, arguments);
+  if constexpr (K::kMasked) arguments.terms = launch_mask_terms<typename K::T>(problem, stream);
+  launch(attention_long<K>, dim3(rounds.blocks), K::kThreads, K::kSharedBytes, stream, arguments);
 }
 
 }  // namespace sfast::attention

@@ -4,8 +4,14 @@
 //
 // Exponentials to base 2, of scores * scale - shift, where `scale` holds log2(e). The shift follows the maximum of the
 // row only when that has grown by more than kSlack: what was summed before is scaled rarely, and exponentials stay
-// below 2^kSlack. (Making an eighth to three eighths of them of multiplications and additions, beside the special
-// function unit, was measured at head sizes 40 to 128: no gain, and up to a tenth slower.)
+// below 2^kSlack.
+//
+// Nor need the maximum be known: it makes numbers neither more nor less precise, as long as none overflows. So only the
+// first block looks for it. Of the others the exponentials are taken at once (`exponentiate_boldly`), and their sums,
+// which are needed anyway, tell whether any was too large: then, rarely, a warp repairs its rows. Finding the maxima
+// was a quarter of the softmax's instructions, and the tensor cores waited for them. (Making an eighth to three eighths
+// of them of multiplications and additions, beside the special function unit, was measured at head sizes 40 to 128: no
+// gain, and up to a tenth slower.)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,6 +23,7 @@ namespace sfast::attention {
 
 constexpr float kSlack = 8;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
+constexpr float kBelowAll = -1e36f;  // a shift that is finite, and below every score that is
 
 __device__ inline float exp2(float x) {
   float y;
@@ -64,8 +71,8 @@ struct RowState {
 };
 
 // Puts the exponentials in place of the scores. Returns whether (for any row of the warp) earlier results must be
-// multiplied by `decay`.
-template <int N, bool kFirst>
+// multiplied by `decay`. With a mask all scores may be minus infinity.
+template <int N, bool kFirst, bool kMasked = false>
 __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, float (&decay)[2], float scale) {
   float top[2][2];
 #pragma unroll
@@ -82,7 +89,7 @@ __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, floa
   bool decays = false;
   if constexpr (kFirst) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rows.shift[r] = most[r], rows.sum[r] = 0;
+    for (int r = 0; r < 2; ++r) rows.shift[r] = kMasked ? fmaxf(most[r], kBelowAll) : most[r], rows.sum[r] = 0;
   } else {
     const bool grown = (most[0] - rows.shift[0]) * scale > kSlack || (most[1] - rows.shift[1]) * scale > kSlack;
     decays = __any_sync(~0u, grown);
@@ -101,12 +108,58 @@ __device__ inline bool exponentiate(float (&scores)[N / 2], RowState& rows, floa
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int r = i / 2 % 2;
-    scores[i] = exp2(fmaf(scores[i], scale, offset[r]));
+    // Huge numbers of a mask must cancel out before anything is rounded.
+    scores[i] = exp2(kMasked ? (scores[i] - rows.shift[r]) * scale : fmaf(scores[i], scale, offset[r]));
     sum[r][i % 2] += scores[i];
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) rows.sum[r] = sum[r][0] + sum[r][1];
   return decays;
+}
+
+// Of a thread's exponentials of a row: below the first they are left as they are, whatever the row's maximum has
+// become; below the second each of them is finite.
+constexpr float kMostOfBlock = 0x1p8f;
+constexpr float kStillExact = 0x1p120f;
+
+// As `exponentiate` of a block that is not the first, without looking for maxima. `score_again` puts the scores back
+// where their exponentials are too large for fp32; all threads of a warp call it together.
+template <int N, typename ScoreAgain>
+__device__ inline bool exponentiate_boldly(float (&scores)[N / 2], RowState& rows, float (&decay)[2], float scale,
+                                           const ScoreAgain& score_again) {
+  const float offset[2] = {-rows.shift[0] * scale, -rows.shift[1] * scale};
+  float sum[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int r = i / 2 % 2;
+    scores[i] = exp2(fmaf(scores[i], scale, offset[r]));
+    sum[r][i % 2] += scores[i];
+  }
+  const float block[2] = {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1]};
+  const auto all_below = [&](float most) { return __all_sync(~0u, block[0] < most && block[1] < most); };  // no NaN
+  if (all_below(kMostOfBlock)) {
+    rows.sum[0] += block[0], rows.sum[1] += block[1];
+    return false;
+  }
+  if (!all_below(kStillExact)) {
+    score_again();
+    return exponentiate<N, false>(scores, rows, decay, scale);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float most = 1;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i / 2 % 2 == r) most = fmaxf(most, scores[i]);
+    }
+    most = row_max(most);
+    decay[r] = __fdividef(1, most);  // so that the largest is 1, which is rounded to itself
+    rows.shift[r] += __fdividef(__log2f(most), scale);
+    rows.sum[r] = (rows.sum[r] + block[r]) * decay[r];
+  }
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) scores[i] *= decay[i / 2 % 2];
+  return true;
 }
 
 // The exponentials as the first operand of the second product, 16 keys at a time.

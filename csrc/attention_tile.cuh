@@ -21,6 +21,9 @@ template <int D>
 constexpr int kPanels = (D + kPanelColumns - 1) / kPanelColumns;
 
 template <int D>
+constexpr int kSteps = (D + 15) / 16;  // of a product along the head
+
+template <int D>
 constexpr int tile_bytes(int rows) {
   return kPanels<D> * rows * kRowBytes;
 }
@@ -35,14 +38,71 @@ __device__ inline void load_rows(uint8_t* tile, int rows, const CUtensorMap* map
   }
 }
 
+// d [16, 8] += a [16, 16] b [16, 8], of one warp.
+#define SFAST_MULTIPLY(T, TYPE)                                                                  \
+  __device__ inline void multiply(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], T) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                          \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));            \
+  }
+SFAST_MULTIPLY(__half, "f16")
+SFAST_MULTIPLY(__nv_bfloat16, "bf16")
+#undef SFAST_MULTIPLY
+
 // scores [64, N] = query [64, D] key [N, D]^T. Issued, not awaited.
 template <typename T, int D, int N>
 __device__ inline void score(float (&scores)[N / 2], const uint8_t* query, const uint8_t* key) {
   const uint64_t a = descriptor(query, 8 * kRowBytes), b = descriptor(key, 8 * kRowBytes);
 #pragma unroll
-  for (int k = 0; k < (D + 15) / 16; ++k) {
+  for (int k = 0; k < kSteps<D>; ++k) {
     Product<N, T>::run(scores, advance(a, k / 4 * kUnit * kRowBytes + k % 4 * 32),
                        advance(b, k / 4 * N * kRowBytes + k % 4 * 32), k > 0);
+  }
+}
+
+// The same with the query in registers, as `load_operand` brings it there.
+template <typename T, int D, int N>
+__device__ inline void score(float (&scores)[N / 2], const uint32_t (&query)[kSteps<D>][4], const uint8_t* key) {
+  const uint64_t b = descriptor(key, 8 * kRowBytes);
+#pragma unroll
+  for (int k = 0; k < kSteps<D>; ++k) {
+    Product<N, T>::run(scores, query[k], advance(b, k / 4 * N * kRowBytes + k % 4 * 32), k > 0);
+  }
+}
+
+// Of a panel's row, in shared memory: where 8 columns lie, which are number `chunk` of the tile's.
+__device__ inline uint32_t chunk_address(const uint8_t* tile, int rows, int row, int chunk) {
+  return shared_address(tile) + (chunk / 8 * rows + row) * kRowBytes + ((chunk ^ row) % 8) * 16;
+}
+
+// Rows and 16 columns, from 16 k on, of a tile [64, D] as a first operand: of the warp's own 16 rows.
+__device__ inline void load_operand(uint32_t (&a)[4], const uint8_t* tile, int k) {
+  const int lane = threadIdx.x % 32;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(chunk_address(tile, kUnit, threadIdx.x % 128 / 32 * 16 + lane % 16, 2 * k + lane / 16))
+               : "memory");
+}
+
+// One warp's part of `score`, by the instruction for warps: where the others go on, and few pass.
+template <typename T, int D, int N>
+__device__ inline void score_of_warp(float (&scores)[N / 2], const uint8_t* query, const uint8_t* key) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) scores[i] = 0;
+#pragma unroll
+  for (int k = 0; k < kSteps<D>; ++k) {
+    uint32_t a[4], b[2];
+    load_operand(a, query, k);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(b[0]), "=r"(b[1])
+                   : "r"(chunk_address(key, N, 8 * j + lane % 8, 2 * k + lane / 8 % 2))
+                   : "memory");
+      multiply(&scores[4 * j], a, b, T());
+    }
   }
 }
 

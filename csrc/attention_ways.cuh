@@ -16,13 +16,13 @@ void attend_at_once(const AttentionProblem& problem, cudaStream_t stream) {
   launch_short<K>(problem, divide_up(units, problem.processors * kResident), stream);
 }
 
-// How long K takes on the whole GPU, in quarters of the time that two warpgroups need for one tile. At head sizes 40
-// and 64 three warpgroups were measured to need 1.1 to 1.3 times that for theirs; one is taken to need three quarters.
+// How long K takes on the whole GPU, in quarters of the time that two warpgroups need for one tile: so many does a
+// tile for 0, 1, 2 or 3 of them take.
 template <class K>
 int cost(const AttentionProblem& problem) {
-  constexpr int kQuarters[] = {3, 4, 5};
-  const int tiles = divide_up(problem.queries, K::kWarpgroups * kUnit) * problem.heads * problem.batch;
-  return divide_up(tiles, problem.processors) * kQuarters[K::kWarpgroups - 1];
+  constexpr int kQuarters[] = {0, 3, 4, 5};
+  const Rounds rounds = plan_rounds<K>(problem, problem.processors);
+  return rounds.whole * kQuarters[K::kWarpgroups] + kQuarters[rounds.last_units];
 }
 
 template <class One, class Two, class Three>
@@ -39,35 +39,32 @@ void attend_in_blocks(const AttentionProblem& problem, cudaStream_t stream) {
 
 template <typename T, int D>
 void attend(const AttentionProblem& problem, cudaStream_t stream) {
-  if (problem.keys <= 80) {
+  constexpr int N = D == 160 ? 64 : 128;
+  if (problem.mask.address != nullptr) {
+    using Two = LongKernel<T, D, 2, N, false, true>;
+    attend_in_blocks<LongKernel<T, D, 1, N, false, true>, Two, Two>(problem, stream);
+  } else if (problem.keys <= 80) {
     attend_at_once<T, D, 80>(problem, stream);
   } else if (problem.keys <= 128) {
     attend_at_once<T, D, 128>(problem, stream);
   } else {
-    constexpr int N = D == 160 ? 64 : 128;
-    using Two = LongKernel<T, D, 2, N>;
+    using Two = LongKernel<T, D, 2, N, true>;
     // Three need registers, and shared memory, that a wide head has not.
-    using Three = std::conditional_t<(D <= 64), LongKernel<T, D, 3, N>, Two>;
-    attend_in_blocks<LongKernel<T, D, 1, N>, Two, Three>(problem, stream);
+    using Three = std::conditional_t<(D <= 80), LongKernel<T, D, 3, (D == 80 ? 96 : 128), D != 64>, Two>;
+    attend_in_blocks<LongKernel<T, D, 1, N, true>, Two, Three>(problem, stream);
   }
 }
 
+// By the kernel for the next larger head: the TMA fills a head up with zeros, and does not store what comes of them.
 template <typename T>
 void attend(const AttentionProblem& problem, cudaStream_t stream) {
-  switch (problem.head_size) {
-    case 40:
-      return attend<T, 40>(problem, stream);
-    case 64:
-      return attend<T, 64>(problem, stream);
-    case 80:
-      return attend<T, 80>(problem, stream);
-    case 128:
-      return attend<T, 128>(problem, stream);
-    case 160:
-      return attend<T, 160>(problem, stream);
-    default:
-      throw std::runtime_error("sfast_native::attention: no kernel for head size " + std::to_string(problem.head_size));
-  }
+  const int size = problem.head_size;
+  if (size <= 40) return attend<T, 40>(problem, stream);
+  if (size <= 64) return attend<T, 64>(problem, stream);
+  if (size <= 80) return attend<T, 80>(problem, stream);
+  if (size <= 96) return attend<T, 96>(problem, stream);
+  if (size <= 128) return attend<T, 128>(problem, stream);
+  attend<T, 160>(problem, stream);
 }
 
 }  // namespace sfast::attention

@@ -37,10 +37,11 @@ STABLE_TORCH_LIBRARY(sfast_native, m) {
   // Whether a device runs the kernels of our own that this build has, so that `linear` takes all its activations.
   m.def("own_kernels(int device) -> bool");
 
-  // softmax(scale query key^T) value, for Hopper. query [B, H, Tq, D], key and value [B, H, Tk, D], float16 or
-  // bfloat16, D 40, 64, 80, 128 or 160, any strides of 16-byte multiples with contiguous D; scale positive. The result
-  // is a view of contiguous [B, Tq, H, D].
-  m.def("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
+  // softmax(scale query key^T + mask) value, for Hopper. query [B, H, Tq, D], key and value [B, H, Tk, D], float16 or
+  // bfloat16, D a multiple of 8 up to 160, any strides of 16-byte multiples with contiguous D; scale positive. mask
+  // [B, H, 1, Tk], contiguous in Tk, is added, or boolean and false where a key does not count: without any a row is 0.
+  // The result is a view of contiguous [B, Tq, H, D].
+  m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? mask=None) -> Tensor");
 
   // One line for each problem met so far: what runs it, its milliseconds, how long the choice took.
   m.def("plans() -> str");

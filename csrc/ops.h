@@ -23,7 +23,7 @@ Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor
 Tensor group_norm(Tensor x, std::optional<Tensor> shift, int64_t num_groups, std::optional<Tensor> weight,
                   std::optional<Tensor> bias, double eps, bool silu);
 bool group_norm_takes(Tensor x, int64_t num_groups);
-Tensor attention(Tensor query, Tensor key, Tensor value, double scale);
+Tensor attention(Tensor query, Tensor key, Tensor value, double scale, std::optional<Tensor> mask);
 
 bool own_kernels(int64_t device);
 

@@ -199,6 +199,8 @@ def _linear_fake(
     return x.new_empty([*x.shape[:-1], weight.shape[0] // halves])
 
 
-def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def _attention_fake(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     B, H, T, D = query.shape
     return query.new_empty(B, T, H, D).transpose(1, 2)

@@ -259,6 +259,13 @@ CASES = [
         (Q,),
     ),
     Case(
+        "masked_attention",
+        lambda q, m: F.scaled_dot_product_attention(q, q * 2, q + 1, attn_mask=m[:, :, :1, :1], scale=0.7),
+        None,
+        lambda q, m: F.scaled_dot_product_attention(q, q * 2, q + 1, scale=0.7),
+        (Q, Q),
+    ),
+    Case(
         "upsample_nearest2d",
         lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
         None,

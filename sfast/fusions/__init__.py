@@ -7,7 +7,7 @@ Order matters where one pattern contains another; the line says so.
 from __future__ import annotations
 
 from sfast.config import CompilationConfig
-from sfast.fusions.attention import ATTENTION, CROSS_ATTENTION, XFORMERS_ATTENTION
+from sfast.fusions.attention import ATTENTION, CROSS_ATTENTION, MASKED_ATTENTION, XFORMERS_ATTENTION
 from sfast.fusions.cat_channels import CAT_CHANNELS
 from sfast.fusions.conv2d import (
     CONV2D_ADD,
@@ -124,6 +124,7 @@ FUSIONS: list[Fusion] = [
     CAT_CHANNELS,
     CAT_TOKENS,  # after CAT_CHANNELS, which knows images
     ATTENTION,
+    MASKED_ATTENTION,
     *LINEAR_ATTENTION,
 ]
 

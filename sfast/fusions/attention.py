@@ -1,10 +1,10 @@
-"""Scaled dot product attention without mask, dropout and causality: by the fastest kernel, or by xformers where asked for."""
+"""Scaled dot product attention without dropout and causality: by the fastest kernel, or by xformers where asked for."""
 
 from typing import Any
 
 import torch
 
-from sfast.kernels.attention import attention_reference
+from sfast.kernels.attention import attention_reference, masked_attention_reference
 from sfast.kernels.cross_attention import cross_attention_reference
 from sfast.kernels.xformers_attention import xformers_attention_reference
 from sfast.rewrite import Fusion
@@ -14,6 +14,12 @@ _ATTENTION = (_QUERY, _KEY, _KEY + 1, 0.375)  # the last is scale, which may be 
 
 XFORMERS_ATTENTION = Fusion("xformers_attention", xformers_attention_reference, _ATTENTION, needs=("enable_xformers",))
 ATTENTION = Fusion("attention", attention_reference, _ATTENTION, needs=("enable_fused_attention",))
+MASKED_ATTENTION = Fusion(
+    "masked_attention",
+    masked_attention_reference,
+    (*_ATTENTION[:3], torch.zeros(2, 1, 1, 7), 0.375),
+    needs=("enable_fused_attention", "enable_native"),
+)
 
 
 def _is_projected_once(x: Any) -> bool:

@@ -2,11 +2,13 @@
 
 No kernel wins everywhere. PyTorch's own choice (cuDNN on Hopper) is good at long sequences of common head sizes; at
 prompts, at the frames of a video and at a VAE's wide head others are several times faster. So every shape is measured once.
+So is attention with a mask of keys, which is how models leave out what pads a prompt.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,15 @@ from sfast.kernels.attention_triton import (
 from sfast.kernels.native_ops import HALF, native_is_available
 from sfast.kernels.op import define
 
-NATIVE_SIZES = (40, 64, 80, 128, 160)  # of heads
+NATIVE_WIDEST = 160  # heads, of a multiple of 8
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def masked_attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
@@ -43,11 +49,25 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
     ways = _ways(query, key, value)
     if len(ways) == 1:
         return attention_reference(query, key, value, scale)
-    shapes = "; ".join(f"{list(tensor.shape)} strided {list(tensor.stride())}" for tensor in (query, key, value))
+    question = f"attention of {query.dtype}: {_shapes(query, key, value)}"
+    return choice.fastest(question, ways, query, key, value, scale, layer=_layer(query, key, value))
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    ways: dict[str, choice.Way] = {"torch": masked_attention_reference, "native": _native_masked}
+    question = f"attention of {query.dtype} with a mask of {mask.dtype}: {_shapes(query, key, value, mask)}"
+    layer = *_layer(query, key, value), mask.dtype
+    return choice.fastest(question, ways, query, key, value, mask, scale, layer=layer)
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return "; ".join(f"{list(tensor.shape)} strided {list(tensor.stride())}" for tensor in tensors)
+
+
+def _layer(query: Tensor, key: Tensor, value: Tensor) -> tuple[Hashable, ...]:
     H, D, N = query.shape[1], query.shape[3], key.shape[2]
     spacing = tuple(tensor.stride()[1:] for tensor in (query, key, value))
-    layer = "attention", query.dtype, H, D, "self" if query.shape[2] == N else N, spacing
-    return choice.fastest(f"attention of {query.dtype}: {shapes}", ways, query, key, value, scale, layer=layer)
+    return "attention", query.dtype, H, D, "self" if query.shape[2] == N else N, spacing
 
 
 def _attend_to_one_key(query: Tensor, value: Tensor) -> Tensor:
@@ -74,7 +94,7 @@ def _ways(query: Tensor, key: Tensor, value: Tensor) -> dict[str, choice.Way]:
     if takes_wide(query, key, value):
         ways["wide"] = attend_wide
     if query.is_cuda and query.dtype in HALF and torch.version.hip is None and value.shape[3] == query.shape[3]:
-        if query.shape[3] in NATIVE_SIZES and _has_native(query.device):
+        if _native_takes(query):
             ways["native"] = _native
         elif query.shape[3] % 8 == 0 and query.shape[3] <= 256 and _asks_for_flash(query.device):
             ways["flash"] = _flash
@@ -91,6 +111,40 @@ def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
         query, key, value, query.shape[3] ** -0.5 if scale is None else scale
     )
     return result
+
+
+def _native_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    result: Tensor = torch.ops.sfast_native.attention(
+        query,
+        key,
+        value,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        mask.expand(*query.shape[:2], 1, key.shape[2]),
+    )
+    return result
+
+
+def _native_takes(query: Tensor) -> bool:
+    return query.shape[3] % 8 == 0 and query.shape[3] <= NATIVE_WIDEST and _has_native(query.device)
+
+
+def _supports_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> bool:
+    """Whether the native kernel can take it: a mask of keys, the same for all queries."""
+    if not query.is_cuda or query.dtype not in HALF or torch.version.hip is not None:
+        return False
+    if not _supports(query, key, value, scale) or value.shape[3] != query.shape[3] or mask.device != query.device:
+        return False
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    full = (*query.shape[:2], 1, key.shape[2])
+    keys = len(sizes) == 4 and sizes[3] == full[3] and all(n in (1, most) for n, most in zip(sizes, full, strict=True))
+    rows = keys and (mask.stride(-1) == 1 or full[3] == 1) and mask.dtype in (torch.bool, query.dtype)
+    return rows and _native_takes(query) and _native_takes_masks()
+
+
+@functools.cache
+def _native_takes_masks() -> bool:
+    """Whether the compiled library is not older than its masks."""
+    return len(torch.ops.sfast_native.attention.default._schema.arguments) > 4
 
 
 def _asks_for_flash(device: torch.device) -> bool:
@@ -117,6 +171,17 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Ten
     )
 
 
+def _masked_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    return _fake(query, key, value, scale)
+
+
+define(
+    "masked_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float? scale) -> Tensor",
+    masked_attention_reference,
+    _supports_mask,
+    _masked_attention,
+    _masked_fake,
+)
 define(
     "attention(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor",
     attention_reference,

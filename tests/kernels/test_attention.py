@@ -176,6 +176,25 @@ def test_operator(shape, dtype, device) -> None:
         assert_close_to_fp64(torch.ops.sfast.attention(*inputs), attention_reference, *inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masked_operator(dtype, device) -> None:
+    B, H, T, N, D = 2, 3, 130, 77, 72
+    query, key, value = _inputs(B, H, T, N, D, dtype, device)
+    padded = torch.arange(N, device=device) < torch.tensor([40, 3], device=device)[:, None, None, None]  # [B, 1, 1, N]
+    added = (1 - padded.to(dtype)) * -10000
+    one_row = torch.randn(1, N, device=device, dtype=dtype)
+    each = torch.randn(B, H, T, N, device=device, dtype=dtype)  # of each query: PyTorch's alone
+    for mask in (padded, added, added.expand(B, H, 1, N), one_row, each, each[..., :1], added[0]):
+        added_to = torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf")) if mask.dtype == torch.bool else mask
+        scores = query.double() @ key.double().mT * 0.3 + added_to.to(device).double()
+        for _ in range(2):
+            result = torch.ops.sfast.masked_attention(query, key, value, mask, 0.3)
+            assert error(result, scores.softmax(-1) @ value.double()) <= 5 * torch.finfo(dtype).eps
+    assert not attention._supports_mask(query, key, value, each, 0.3)
+    if device.type == "cuda" and attention._has_native(query.device):
+        assert attention._supports_mask(query, key, value, one_row, 0.3)
+
+
 def test_every_way_of_the_operator_is_right(device, monkeypatch) -> None:
     seen = []
 
@@ -186,7 +205,7 @@ def test_every_way_of_the_operator_is_right(device, monkeypatch) -> None:
         return ways["torch"](*inputs)
 
     monkeypatch.setattr(choice, "fastest", run_all)
-    for D in (16, 40, 64, 80, 128, 160, 256, 512):
+    for D in (16, 40, 64, 72, 96, 128, 160, 256, 512):
         for T, N in ((14, 14), (130, 77), (300, 300)):
             torch.ops.sfast.attention(*_inputs(2, 2, T, N, D, torch.float16, device), None)
     if device.type == "cuda":
