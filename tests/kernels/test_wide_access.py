@@ -15,11 +15,14 @@ from sfast.kernels import (
     attention_kernels,
     blend,
     cat_channels,
+    conv2d_depthwise,
     conv2d_few,
     geglu,
     group_norm_kernels,
     layer_norm,
+    linear_attention,
     modulate_kernels,
+    rotary_kernels,
     transpose_layer_norm,
     upsample,
 )
@@ -164,6 +167,38 @@ def test_convolution_to_few_channels() -> None:
     sizes = {"H": 1024, "W": 1024, "C": 128, "strips": 17, "rows": 16, "K": 3, "SUMS": 16, "STRIP": 64, "CHANNELS": 128}
     code = ptx(conv2d_few._few_out, 4, **pointers, **strides, **sizes, OVERLAP=True)
     assert widths(code) == {16, 2}  # 2: taps, bias and result, which are few
+
+
+def test_depthwise_convolution() -> None:
+    pointers = dict.fromkeys(["x", "taps", "bias", "out"], HALF)
+    sizes = {"H": 32, "W": 32, "P": 32, "Q": 32, "C": 11200, "strips": 4, "rows": 16, "padding_h": 1, "padding_w": 1}
+    tile = {"GATES": True, "BIASED": True, "STRIP": 8, "CHANNELS": 64, "OVERLAP": True}
+    assert widths(ptx(conv2d_depthwise._depthwise_walk, 4, **pointers, **sizes, **tile)) == {
+        8
+    }  # a lane's: all in flight
+
+
+def test_linear_attention() -> None:
+    sizes = {"D": 32, "WIDTH": 32, "OVERLAP": True}
+    strides = {f"{name}_{axis}": n * 6720 for name in ("key", "value") for axis, n in (("batch", 1024), ("token", 1))}
+    operands = {"key": HALF, "value": HALF, "matrices": FLOAT, "S": 1024, "tokens": 256, "TOKENS": 64}
+    assert min(widths(ptx(linear_attention._sum_matrices, 4, **operands, **strides, **sizes)) - {4}) == 16  # 4: one row
+    operands = {"query": HALF, "matrices": FLOAT, "out": HALF, "T": 1024, "pieces": 4, "eps": 1e-15, "QUERIES": 128}
+    strides = {"query_batch": 1024 * 6720, "query_token": 6720}
+    assert min(widths(ptx(linear_attention._multiply_queries, 4, **operands, **strides, **sizes)) - {4}) == 16
+
+
+@pytest.mark.parametrize(("table", "tokens", "heads"), [("full", 2, 8), ("complex", 1, 32), ("none", 2, 8)])
+def test_heads_on_their_way_to_attention(table, tokens, heads) -> None:
+    pointers = dict.fromkeys(["a", "b", "y", "weight_a", "weight_b"], HALF)
+    pointers |= dict.fromkeys(["cos_a", "sin_a", "cos_b", "sin_b"], FLOAT)
+    sizes = {"Ta": 512, "T": 4608, "H": 24, "D": 128, "table_step": 1, "eps_a": 1e-6, "eps_b": 1e-6}
+    strides = {f"{name}_{axis}": n * 3072 for name in "ab" for axis, n in (("batch", 512), ("token", 3), ("head", 1))}
+    strides |= {f"table_{axis}_{name}": n for name in "ab" for axis, n in (("batch", 0), ("token", 128))}
+    tile = {"TOKENS": tokens, "HEADS": heads, "WIDTH": 128, "NORM": "head", "TABLE": table, "OVERLAP": True}
+    code = ptx(rotary_kernels.rotate_heads, 4, **pointers, **sizes, **strides, **tile)
+    assert widths(code) - {2, 4, 8} == {16}  # less for the weight and the table, once for all heads
+    assert re.findall(r"st\.global\S*?\.(?:v(\d)\.)?b(\d+)", code) == [("4", "32")] * (tokens * heads // 8)
 
 
 def test_a_stride_that_says_nothing_is_noticed() -> None:
