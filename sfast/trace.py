@@ -21,7 +21,7 @@ import torch
 from sfast import hoist, rewrite
 from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.decisions import Guard, Sizes, Untraceable
-from sfast.fallback import is_out_of_memory, keeping_exceptions
+from sfast.fallback import is_out_of_memory, keeping_exceptions, let_through
 from sfast.host import bring_over
 from sfast.merge import NAME, Pack, merge_linears
 from sfast.overwritten import ReadFirst
@@ -172,6 +172,7 @@ def trace(
         try:
             record = _record(forward, weights, call, tensors, recording, keep_sizes)
         except Exception as error:
+            let_through(error)
             if not keep_sizes or isinstance(error, _FINAL) or is_out_of_memory(error):
                 raise
             record = _record(forward, weights, call, tensors, recording, keep_sizes=False)
