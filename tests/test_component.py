@@ -501,7 +501,7 @@ class Odd(nn.Module):
         ),
         ("list", "it changes the containers it is called with"),
         ("argument", "it writes to its arguments or weights"),
-        ("generator", "its result cannot be rebuilt: a value of type torch._C.Generator cannot be traced"),
+        ("generator", "its result cannot be rebuilt: it draws from a random generator"),
     ],
 )
 def test_what_cannot_be_traced_runs_eager_with_the_reason(what: str, reason: str) -> None:
