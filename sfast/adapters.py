@@ -31,6 +31,7 @@ from sfast.cuda_graph import GraphPool, Patience, can_capture, pool_of
 from sfast.fallback import is_out_of_memory, let_through
 from sfast.merged import Adapted, CannotMerge, Merged
 from sfast.placement import owned_alone
+from sfast.verify import version_of
 
 Job = tuple[Adapted, list[tuple[str, float]], list[torch.nn.Parameter]]  # a layer, its active adapters, what they touch
 
@@ -142,7 +143,7 @@ class Adapters:
         self._known = self._checksums.get()
         self._seen = self._look()
         facts = zip(map(id, self._watched), map(torch.Tensor.data_ptr, self._watched), self._known, strict=True)
-        versions = map(_version, self._watched)
+        versions = map(version_of, self._watched)
         fact_of = {fact[0]: (fact, version) for fact, version in zip(facts, versions, strict=True)}
         for (layer, active, weights), places in zip(jobs, sums, strict=True):
             stamp = tuple(active), tuple([fact_of[id(tensor)] for tensor in (*layer.tensors, *weights)])
@@ -276,7 +277,3 @@ def _base_forward(layer: Adapted, thread: int) -> Callable[..., Any]:
 
 
 _VERSION = operator.attrgetter("_version")
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
