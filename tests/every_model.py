@@ -216,6 +216,7 @@ class Outcome:
 
     name: str
     fallbacks: list[str] = field(default_factory=list)
+    functions: int = 0  # that are compiled apart: an encoder and a decoder
     traces: int = 0
     fusions: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)  # calls whose result was not eager's
@@ -246,12 +247,15 @@ def calls(case: Case) -> Iterator[tuple[str, Size]]:
     yield "back to the first", replace(first, seed=7)
 
 
-def try_out(cls: type[nn.Module], case: Case) -> Outcome:
-    """Compile a tiny model and make all `calls`, comparing each with an eager model of the same weights."""
+def try_out(cls: type[nn.Module], case: Case, verify: bool = False) -> Outcome:
+    """Compile a tiny model and make all `calls`, comparing each with an eager model of the same weights.
+
+    Without `verify`, as here, nothing stands between a wrong decision in a trace and its result.
+    """
     start = time.perf_counter()
     outcome = Outcome(cls.__name__)
     module, eager = build(cls, case), build(cls, case)  # not a copy: weight norms cannot be copied
-    sfast.compile(module)
+    sfast.compile(module, sfast.CompilationConfig(verify=verify))
     results: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for label, size in calls(case):
@@ -268,6 +272,7 @@ def try_out(cls: type[nn.Module], case: Case) -> Outcome:
     own = [component_of(part) for part in find_components(module).values()]
     outcome.fallbacks = [why for component in own if component is not None for why in component.fallbacks]
     outcome.fallbacks += ["it is not compiled"] * any(component is None for component in own)
+    outcome.functions = len(own)
     outcome.traces, outcome.fusions = report.traces, Counter(report.fusions)
     outcome.seconds = time.perf_counter() - start
     return outcome
@@ -311,11 +316,20 @@ HEAD = """# Models
 
 Every model class that diffusers {diffusers} exports, in a tiny random configuration, compiled on the CPU with torch {torch}
 and compared with eager: at a first input, with other values, at another timestep, batch and size, after all weights were
-edited in place, and going back and forth between these. *Traces* is how many all of that took; *fusions*, how often each
-one found its place in the model. Written by `python -m tests.every_model`, checked by `tests/test_every_model.py`.
+edited in place, and going back and forth between these. sfast's own comparison at each new shape is switched off for that
+(`verify=False`), so that it cannot cover up a decision that a trace has baked in. *Functions* is how many parts of a class
+are compiled apart (an encoder and a decoder, the nets of a multi-ControlNet), *traces* how many all of that took;
+*fusions*, how often each one found its place in the model. Written by `python -m tests.every_model`, checked by
+`tests/test_every_model.py`.
 
-| class | runs | traces | fusions |
-|---|---|---|---|
+{summary}
+
+| class | runs | functions | traces | fusions |
+|---|---|---|---|---|
+"""
+WHY_MORE = """
+Where a function has more than one trace, Python goes another way through it: over as many frames, chunks or samples as there
+are, by whether a size is odd, or by what is in a mask. Each way is traced once, and found again by what decides it.
 """
 
 
@@ -338,7 +352,7 @@ def row(outcome: Outcome) -> str:
     fused = ", ".join(f"{name} {count}" for name, count in sorted(outcome.fusions.items()))
     reasons = dict.fromkeys(_shapeless(why) for why in outcome.fallbacks)
     runs = "compiled" if not reasons else "; ".join(reasons).replace("|", "\\|")
-    return f"| {outcome.name} | {runs} | {outcome.traces} | {fused} |"
+    return f"| {outcome.name} | {runs} | {outcome.functions} | {outcome.traces} | {fused} |"
 
 
 def _shapeless(why: str) -> str:
@@ -349,15 +363,22 @@ def _shapeless(why: str) -> str:
 def table(rows: dict[str, str]) -> str:
     """The whole page, of the rows by their class."""
     lines = [rows[name] for name in sorted(rows)]
-    skipped = ["", "Not tried:", "", *[f"- {name}: {why}." for name, why in sorted(uncovered().items())]]
-    head = HEAD.format(diffusers=diffusers.__version__, torch=torch.__version__.partition("+")[0])
-    return head + "\n".join([*lines, *skipped]) + "\n"
+    skipped = [WHY_MORE, "Not tried:", "", *[f"- {name}: {why}." for name, why in sorted(uncovered().items())]]
+    versions = {"diffusers": diffusers.__version__, "torch": torch.__version__.partition("+")[0]}
+    return HEAD.format(**versions, summary=summary(lines)) + "\n".join([*lines, *skipped]) + "\n"
+
+
+def summary(lines: list[str]) -> str:
+    """How many classes run compiled, and how many functions of theirs took more than one trace."""
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:5]] for line in lines]
+    more = [int(traces) > int(functions) for _, runs, functions, traces in cells if runs == "compiled"]
+    return f"Of {len(cells)} classes {len(more)} run compiled, {more.count(False)} of them with one trace for each function."
 
 
 def written() -> dict[str, str]:
     """The rows of the page as it is, by their class; none if it was written with other versions."""
     text = TABLE.read_text() if TABLE.exists() else ""
-    if not text.startswith(table({}).partition("\n| class")[0]):
+    if not text.startswith(table({}).partition("\n\nOf ")[0]):
         return {}
     return {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
 

@@ -10,7 +10,7 @@ CASES: dict[str, Case] = {name: case for module in MODULES for name, case in mod
 UNCOVERED: dict[str, str] = {
     "RFD4ProteinaAutoencoder": "it takes some forty features of a protein",
     "RFD4ProteinaTransformer": "it takes some forty features of a protein",
-    "WanAnimate2Transformer3DModel": "it runs with a cache object that it writes to, and so stays eager",
+    "WanAnimate2Transformer3DModel": "it attends with flex_attention over a cache object of its own, and so stays eager",
     "ControlNetXSAdapter": "its forward raises: its layers are called by `UNetControlNetXSModel`, which is tried",
     "MotionAdapter": "it has no forward: its layers are moved into `UNetMotionModel`, which is tried",
 }
