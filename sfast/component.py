@@ -92,26 +92,26 @@ class Component(StandIn):
 
     def remove(self) -> None:
         """Put the module back as it was, bit for bit, and release all graphs."""
-        self._active = False  # where another library has wrapped us, we only pass calls on
-        own = self._own_forward
-        for place in ("forward", "_old_forward"):
-            if self.module.__dict__.get(place) is not self:
-                continue
-            if self._own_forward is None and place == "forward":
-                del self.module.__dict__[place]
-            else:
-                self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
-        instead.take_back(self.module, "_apply")
-        go_into_copies(self.module)
         with self.lock:
+            self._active = False  # where another library has wrapped us, we only pass calls on
+            own = self._own_forward
+            for place in ("forward", "_old_forward"):
+                if self.module.__dict__.get(place) is not self:
+                    continue
+                if own is None and place == "forward":
+                    del self.module.__dict__[place]
+                else:
+                    self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
+            instead.take_back(self.module, "_apply")
+            go_into_copies(self.module)
             self._forget()
             self.state.take_adapters_out()
             self.placement.undo()
 
     def _move(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`module.to(...)` and the like: memory that the weights have left is not kept until the next call."""
-        result = method(*args, **kwargs)
         with self.lock:
+            result = method(*args, **kwargs)
             self.state.let_go()
         return result
 
@@ -127,7 +127,7 @@ class Component(StandIn):
         if self._draws:
             kwargs = without_cache(type(self.module).forward, args, kwargs)
         with self.lock:
-            result = self._compiled(args, kwargs)
+            result = self._compiled(args, kwargs) if self._active else EAGER
         return verify.run_eagerly(self.eager, self.state, args, kwargs) if result is EAGER else result
 
     def _compiled(self, args: Any, kwargs: Any) -> Any:

@@ -183,6 +183,32 @@ def test_what_is_changed_as_a_whole_waits_for_its_turn(monkeypatch: pytest.Monke
         torch.testing.assert_close(net(x), Net.forward(net, x))
 
 
+@pytest.mark.parametrize("change", [sfast.restore, nn.Module.cpu])
+def test_restoring_and_moving_wait_for_the_end_of_a_call(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sfast.compile(Net().eval().requires_grad_(False))
+    x, run, seen = torch.randn(2, 6), launch.run, []
+    thread = threading.Thread(target=change, args=(net,))
+    waiting = threading.Thread(target=lambda: seen.append(net(x)))
+
+    def running(*args: Any) -> Any:
+        if not thread.ident:
+            thread.start()
+            thread.join(0.1)
+            waiting.start()  # in front of a module that will be another one when its turn comes
+            seen.append(thread.is_alive())
+        return run(*args)
+
+    monkeypatch.setattr(launch, "run", running)
+    with torch.no_grad():
+        mine, right = net(x), Net.forward(net, x)
+        thread.join()
+        waiting.join()
+    assert seen[0] is True
+    torch.testing.assert_close(mine, right)
+    torch.testing.assert_close(seen[1], right)
+    assert len(sfast.report(net).components) == (change is not sfast.restore)
+
+
 def test_turns_are_taken_all_or_none() -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
     turns = turn_of(a), turn_of(b)
