@@ -50,8 +50,34 @@ def test_numbers_of_different_kind_are_different_structures() -> None:
 
 
 def test_unknown_object_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedStructure, match="Generator"):
+    with pytest.raises(UnsupportedStructure, match="random generator of the caller's"):
         flatten({"generator": torch.Generator()}, [])
+    with pytest.raises(UnsupportedStructure, match=r"a value of type builtins\.object cannot be traced"):
+        flatten({"anything": object()}, [])
+
+
+def test_integers_of_a_call_are_sizes() -> None:
+    call = {
+        "size": (8, [(0, 3)]),
+        "counted": [4],
+        "flag": True,
+        "negative": -1,
+        "huge": 2**40,
+        "scale": 2.0,
+        "x": torch.ones(2),
+    }
+    tensors: list[torch.Tensor] = []
+    description = flatten(call, tensors, sizes_on=torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in tensors] == [(8, 0), (0, 0), (3, 0), (2,)]
+    assert {**unflatten(description, tensors), "x": 0} == {**call, "x": 0}
+    again: list[torch.Tensor] = []
+    assert flatten({**call, "size": (5, [(7, 3)])}, again, sizes_on=torch.device("cpu")) == description
+    assert again[2] is tensors[2]  # so that it is seen to stay the same
+    assert unflatten(description, again)["size"] == (5, [(7, 3)])
+    assert unflatten(description, again, str)["size"] == ("5", [("7", "3")])
+    assert describe_shapes(tensors) == "8, 0, 3, 2"
+    plain: list[torch.Tensor] = []
+    assert flatten(call, plain) != description and len(plain) == 1
 
 
 def test_shapes_for_a_log_line() -> None:

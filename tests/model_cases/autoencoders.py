@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
         | {"up_block_types": ("SpatialUpBlock3D",) + 3 * ("SpatialTemporalUpBlock3D",), "spatial_group_norm": True},
         slow=True,
     ),
-    "AutoencoderKLAllegro": video({}, 8, 12, make=_allegro, batch=None),
+    "AutoencoderKLAllegro": video({}, 8, 12, make=_allegro, batch=None, slow=True),
     "AutoencoderKLMochi": video(
         {"in_channels": 15, "out_channels": 3, "latent_channels": 4, "encoder_block_out_channels": (32,) * 4}
         | {"decoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5},
