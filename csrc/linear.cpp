@@ -38,24 +38,37 @@ Epilogue parse_epilogue(const std::string& activation) {
   return found->second;
 }
 
-// Elements from one row of the last dimension to the next, when all rows are evenly spaced.
-int64_t row_stride(const char* op, const Tensor& tensor, const char* name) {
+// How the rows of a tensor [..., columns] lie: `batches` matrices of evenly spaced rows, evenly spaced themselves.
+struct Rows {
+  int64_t spacing, batches = 1, batch_spacing = 0;  // elements
+};
+
+Rows rows_of(const char* op, const Tensor& tensor, const char* name, bool may_be_several) {
   const int64_t dims = tensor.dim();
   const int64_t columns = tensor.size(dims - 1);
   SFAST_CHECK(tensor.stride(dims - 1) == 1 || columns == 1, op, ": ", name,
               " must be contiguous in its last dimension, got strides ", to_string(tensor.strides()));
-  int64_t rows = 1, spacing = columns;
+  Rows made{columns};
+  int64_t rows = 1;  // of one matrix
   for (int64_t d = dims - 2; d >= 0; --d) {
-    if (tensor.size(d) == 1) continue;
-    if (rows == 1) spacing = tensor.stride(d);
-    SFAST_CHECK(tensor.stride(d) == rows * spacing && spacing >= columns, op, ": ", name,
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    if (rows == 1) made.spacing = stride;
+    const int64_t even = made.batches > 1 ? made.batches * made.batch_spacing : rows * made.spacing;
+    const bool next_matrix = may_be_several && made.batches == 1 && stride > even;
+    SFAST_CHECK((stride == even || next_matrix) && made.spacing >= columns, op, ": ", name,
                 " must have evenly spaced rows, got sizes ", to_string(tensor.sizes()), " strides ",
                 to_string(tensor.strides()));
-    rows *= tensor.size(d);
+    if (next_matrix) made.batch_spacing = stride;
+    (next_matrix || made.batches > 1 ? made.batches : rows) *= size;
   }
-  SFAST_CHECK(spacing % 8 == 0 || rows == 1, op, ": rows of ", name,
-              " must start at multiples of 16 bytes, got a spacing of ", spacing, " elements");
-  return spacing;
+  SFAST_CHECK((made.spacing % 8 == 0 || rows == 1) && made.batch_spacing % 8 == 0, op, ": rows of ", name,
+              " must start at multiples of 16 bytes, got strides ", to_string(tensor.strides()));
+  return made;
+}
+
+int64_t row_stride(const char* op, const Tensor& tensor, const char* name) {
+  return rows_of(op, tensor, name, false).spacing;
 }
 
 #ifdef SFAST_HOPPER
@@ -79,15 +92,15 @@ HopperActivation hopper_activation(Epilogue epilogue) {
 
 // After the product: in place, or from the workspace where that is gated and wider than the result.
 void add_activation(const MatmulProblem& problem, Way<MatmulPointers>* way) {
-  constexpr int64_t kAlign = 256;                    // bytes
-  const int64_t matrix = 2 * problem.m * problem.n;  // bytes of the result
+  constexpr int64_t kAlign = 256;                                      // bytes
+  const int64_t matrix = 2 * problem.m * problem.batches * problem.n;  // bytes of the result
   const int64_t offset = (way->workspace + kAlign - 1) / kAlign * kAlign;
   way->name += " and activation";
   if (problem.is_gated()) way->workspace = offset + (problem.has_two_weights() ? matrix : 2 * matrix);
   way->run = [=, product = std::move(way->run)](const MatmulPointers& at, void* workspace, cudaStream_t stream) {
     const auto activation = hopper_activation(problem.epilogue);
     const bool bfloat16 = problem.dtype == CUDA_R_16BF;
-    const int64_t m = problem.m, n = problem.n;
+    const int64_t m = problem.m * problem.batches, n = problem.n;
     char* const behind = static_cast<char*>(workspace) + offset;
     if (problem.has_two_weights()) {  // the value takes the result's place
       MatmulPointers of_gate = at;
@@ -160,6 +173,7 @@ Cache::Ways propose(const MatmulProblem& problem, const Ask& ask) {
     if (one && !ways.empty()) return ways;
   }
 #ifdef SFAST_HOPPER
+  if (problem.batches > 1) return ways;
   propose_hopper(hopper_problem(problem), problem.device, ask, &ways, &hopper_pointers);
 #endif
   return ways;
@@ -219,8 +233,10 @@ Tensor multiply(const char* op, const Operands& of, Epilogue epilogue) {
 
   problem.device = x.get_device_index();
   problem.dtype = dtype == torch::headeronly::ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF;
-  problem.m = m, problem.n = n, problem.k = k, problem.k2 = k2;
-  problem.ld_x = row_stride(op, x, "x");
+  const Rows rows_of_x = rows_of(op, x, "x", k2 == 0);
+  problem.m = m / rows_of_x.batches, problem.n = n, problem.k = k, problem.k2 = k2;
+  problem.batches = rows_of_x.batches, problem.batch_x = rows_of_x.batch_spacing;
+  problem.ld_x = rows_of_x.spacing;
   problem.ld_x2 = of.x2 ? row_stride(op, *of.x2, "b") : 0;
   problem.ld_weight = row_stride(op, weight, "weight");
   problem.ld_residual = of.residual ? row_stride(op, *of.residual, "residual") : 0;

@@ -13,9 +13,17 @@ constexpr uint64_t kMostWorkspace = 32ull << 20;  // bytes
 constexpr const char* kRecipe = "cublasLt";
 
 // A matrix layout or matmul description, which cuBLASLt lets live on the stack: building one costs next to nothing.
-cublasLtMatrixLayoutOpaque_t layout(const MatmulProblem& problem, int64_t rows, int64_t columns, int64_t ld) {
+cublasLtMatrixLayoutOpaque_t layout(const MatmulProblem& problem, int64_t rows, int64_t columns, int64_t ld,
+                                    int64_t spacing) {
   cublasLtMatrixLayoutOpaque_t made;
   CUBLAS_CHECK(cublasLtMatrixLayoutInit(&made, static_cast<cudaDataType_t>(problem.dtype), rows, columns, ld));
+  if (problem.batches > 1) {
+    const auto batches = static_cast<int32_t>(problem.batches);
+    CUBLAS_CHECK(
+        cublasLtMatrixLayoutSetAttribute(&made, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batches, sizeof(batches)));
+    CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(&made, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &spacing,
+                                                  sizeof(spacing)));
+  }
   return made;
 }
 
@@ -41,10 +49,11 @@ struct Described {
   cublasLtMatrixLayoutOpaque_t weight, x, residual, out;
 
   explicit Described(const MatmulProblem& p)
-      : weight(layout(p, p.k, p.n, p.ld_weight)),
-        x(layout(p, p.k, p.m, p.ld_x)),
-        residual(layout(p, p.n, p.m, p.has_residual ? p.ld_residual : p.n)),
-        out(layout(p, p.n, p.m, p.n)) {
+      : weight(layout(p, p.k, p.n, p.ld_weight, 0)),
+        x(layout(p, p.k, p.m, p.ld_x, p.batch_x)),
+        residual(
+            layout(p, p.n, p.m, p.has_residual ? p.ld_residual : p.n, p.m * (p.has_residual ? p.ld_residual : p.n))),
+        out(layout(p, p.n, p.m, p.n, p.m * p.n)) {
     CUBLAS_CHECK(cublasLtMatmulDescInit(&matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(&matmul, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
     set(&matmul, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(p));
@@ -60,6 +69,8 @@ std::array<int64_t, MatmulProblem::kFields> MatmulProblem::key() const {
           m,
           n,
           k,
+          batches,
+          batch_x,
           ld_x,
           ld_weight,
           has_bias,
@@ -74,7 +85,9 @@ std::string MatmulProblem::describe() const {
   static const char* const kEpilogues[] = {"",      " relu",  " gelu_tanh",  " gelu",
                                            " silu", " geglu", " geglu_tanh", " swiglu"};
   std::ostringstream text;
-  text << (dtype == CUDA_R_16F ? "float16" : "bfloat16") << " x [" << m << "," << k;
+  text << (dtype == CUDA_R_16F ? "float16" : "bfloat16") << " x [";
+  if (batches > 1) text << batches << ",";
+  text << m << "," << k;
   if (k2 > 0) text << "+" << k2;
   text << "] weight [" << n << "," << k + k2 << "]" << (has_bias ? " bias" : "") << (has_residual ? " residual" : "")
        << kEpilogues[static_cast<int64_t>(epilogue)];

@@ -1,4 +1,5 @@
-// act(x weight^T + bias + residual) as one cuBLASLt call, over row-major matrices: x [m,k], weight [n,k], out [m,n].
+// act(x weight^T + bias + residual) as one cuBLASLt call, over row-major matrices: x [m,k], weight [n,k], out [m,n]; or
+// over several x, evenly spaced, and as many residuals and results, which lie one behind the other.
 // The problem also names what is none of cuBLASLt's: gates, and an x that lies in two matrices.
 #pragma once
 
@@ -18,6 +19,7 @@ enum class Epilogue : int64_t { kNone, kRelu, kGeluTanh, kGelu, kSilu, kGeglu, k
 struct MatmulProblem {
   int64_t device, dtype;  // dtype: a cudaDataType_t
   int64_t m, n, k;
+  int64_t batches, batch_x;              // how many x, and the elements from one to the next, of several
   int64_t ld_x, ld_weight, ld_residual;  // elements from row to row
   int64_t has_bias, has_residual;
   Epilogue epilogue;
@@ -26,7 +28,7 @@ struct MatmulProblem {
   bool is_gated() const { return epilogue >= Epilogue::kGeglu; }
   bool has_two_weights() const { return epilogue == Epilogue::kSwiglu; }
   bool is_one_call() const { return epilogue <= Epilogue::kGeluTanh; }  // of cuBLASLt
-  static constexpr size_t kFields = 13;
+  static constexpr size_t kFields = 15;
   std::array<int64_t, kFields> key() const;
   std::string describe() const;
 };

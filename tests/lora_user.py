@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ STEPS = 5  # of a picture: with fewer, hoisting does not pay where every picture
 Weights = dict[str, tuple[Tensor, tuple[int, ...]]]
 
 
+# Qwen2.5-VL puts pictures' positions together on the host in the middle of its forward: compiled, and with one line.
+WITHOUT_GRAPH = re.compile(r"text_encoder runs without a CUDA graph at .*: Cannot copy between CPU and CUDA")
+
+
 class User:
     """A compiled pipeline, and everything that was done to it since its adapters were last taken out."""
 
@@ -44,7 +49,7 @@ class User:
         self.twin.remember(self.base, like=first)
         self.weights = weights(self.pipe)
         self.look()
-        assert self.notes == []
+        assert [note for note in self.notes if not WITHOUT_GRAPH.match(" ".join(note))] == []
         assert all(count > 0 for _, count in self.counts.values())
 
     def look(self) -> None:

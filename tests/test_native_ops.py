@@ -254,6 +254,22 @@ def test_linear_takes_slices_with_even_rows(ops):
     assert error(ops.linear(x, weight, None, None, "none"), F.linear(x.double(), weight.double())) < 1e-3
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_takes_some_tokens_of_each_sample(ops, activation):
+    tokens, weight, bias = half(3, 700, 96, dtype=torch.bfloat16), half(40, 64, scale=0.1), half(40)
+    weight, bias, residual = weight.bfloat16(), bias.bfloat16(), half(3, 333, 40, dtype=torch.bfloat16)
+    for x in (tokens[:, 367:, 16:80], tokens[:, :333, 32:]):
+        for c, r in itertools.product((None, bias), (None, residual)):
+            out = F.linear(x.double(), weight.double(), None if c is None else c.double())
+            exact = ACTIVATIONS[activation](out if r is None else out + r.double())
+            poison(residual)
+            result = ops.linear(x, weight, c, r, activation)
+            assert result.is_contiguous()
+            assert error(result, exact) <= 4e-3
+    with pytest.raises(RuntimeError, match="evenly spaced rows"):
+        ops.linear(tokens.view(3, 7, 100, 96)[:, :5, :9, :64], weight, None, None, activation)
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
@@ -325,5 +341,5 @@ def test_choices_that_do_not_fit_are_made_anew(ops):
 
 
 def test_lines_that_are_no_choices_are_not_taken(ops):
-    nonsense = "conv2d = x\nlinear 1 2 = y\nconv3d 1 = z\n\nlinear 1 2 3 4 5 6 7 8 9 10 11 12 13 = w\nlinear a b = v\n"
+    nonsense = "conv2d = x\nlinear 1 2 = y\nconv3d 1 = z\n\nlinear 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 = w\nlinear a b = v\n"
     assert ops.recall(0, nonsense) == 0

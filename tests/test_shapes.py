@@ -183,7 +183,7 @@ def test_a_budget_that_was_given_holds(pool: Pool, said: Any) -> None:
 # Borrowed kernels.
 
 CONV = "conv2d 2 2 320 128 128 320 3 3 128 128 1 1 1 1 1 1 1 1 0 0"
-LINEAR = "linear 2 8192 640 640 640 640 1 1 640 0 0 0"
+LINEAR = "linear 2 8192 640 640 1 0 640 640 1 1 640 0 0 0"
 
 
 def test_problems_are_numbered_as_in_the_native_library() -> None:
@@ -199,9 +199,12 @@ def test_problems_are_numbered_as_in_the_native_library() -> None:
     assert " ".join(["linear", *map(str, numbers)]) == LINEAR
     query = half(2, 4096, 1920).bfloat16()[..., :640]
     numbers = nearby.linear_problem(query, half(1280, 640).bfloat16(), None, None, "geglu")
-    assert numbers == [14, 8192, 640, 640, 1920, 640, 0, 0, 0, 5, 0, 0]
+    assert numbers == [14, 8192, 640, 640, 1, 0, 1920, 640, 0, 0, 0, 5, 0, 0]
+    tokens = half(2, 4429, 1920)[:, :4096, :640]
+    numbers = nearby.linear_problem(tokens, half(1280, 640), None, half(2, 4096, 1280), "none")
+    assert numbers == [2, 4096, 1280, 640, 2, 4429 * 1920, 1920, 640, 0, 1, 1280, 0, 0, 0]
     numbers = nearby.linear_problem(query, half(1280, 1920).bfloat16(), None, None, "none", query.repeat(1, 1, 2))
-    assert numbers == [14, 8192, 1280, 640, 1920, 1920, 0, 0, 0, 0, 1280, 1280]
+    assert numbers == [14, 8192, 1280, 640, 1, 0, 1920, 1920, 0, 0, 0, 0, 1280, 1280]
 
 
 @pytest.fixture

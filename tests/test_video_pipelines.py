@@ -22,7 +22,7 @@ from tests.lora_user import STEPS, User, delete, load, own_fallbacks, owners, se
 from tests.test_image_transformer_pipelines import Reading, at_each_step, check, draw
 from tests.tiny import PROMPT, SIZE, Pipeline, picture
 from tests.tiny_video import VIDEO
-from tests.twins import traces
+from tests.twins import relative_error, traces
 
 __all__ = ["owners"]
 
@@ -131,7 +131,8 @@ def test_draws_what_eager_draws(user: User) -> None:
     user.look()
     again = [draw(user, user.pipe, **call) for call in calls(user.name)]
     user.nothing_is_new()
-    assert all(map(torch.equal, again, drawn))
+    for one, same in zip(again, drawn, strict=True):  # on a GPU a shape's first picture may have summed in another order
+        assert relative_error(one, same) <= (0.0 if user.pipe.device.type == "cpu" else user.tolerance)
     latents = [draw(user, user.pipe), *drawn[1:]]
     for one, other in itertools.combinations(latents, 2):
         assert one.shape != other.shape or user.tells(one, other)  # each call shows what it is there to show

@@ -34,21 +34,21 @@ def linear_image_add_reference(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nearby.linear(_one_matrix(x), weight, bias, None, "none")
+    return nearby.linear(_matrices(x), weight, bias, None, "none")
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return nearby.linear(_one_matrix(x), weight, bias, residual, "none")
+    return nearby.linear(_matrices(x), weight, bias, residual, "none")
 
 
-def _one_matrix(x: Tensor) -> Tensor:
-    """x without the gaps that taking some tokens of each sample leaves: PyTorch would copy it, too."""
-    return x if has_even_rows(x) else x.contiguous()
+def _matrices(x: Tensor) -> Tensor:
+    """x as one product can read it: PyTorch would copy all that has gaps, too."""
+    return x if has_even_rows(x) or has_even_rows_in_samples(x) else x.contiguous()
 
 
 def _linear_image_add(x: Tensor, weight: Tensor, bias: Tensor | None, size: list[int], residual: Tensor) -> Tensor:
     rows = residual.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-    image = nearby.linear(_one_matrix(x), weight, bias, rows, "none")
+    image = nearby.linear(_matrices(x), weight, bias, rows, "none")
     return image.view(residual.shape[0], *residual.shape[2:], residual.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -71,6 +71,13 @@ def has_even_rows(x: Tensor) -> bool:
             return False
         rows *= size
     return rows == 1 or spacing % 8 == 0
+
+
+def has_even_rows_in_samples(x: Tensor) -> bool:
+    """Whether x [B, T, K] is a matrix for each sample, as taking some tokens of each leaves it: a batch to cuBLASLt."""
+    if x.dim() != 3 or x.numel() == 0 or x.stride(0) % 8 or x.stride(0) <= x.shape[1] * x.stride(1):
+        return False
+    return has_even_rows(x[0])
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

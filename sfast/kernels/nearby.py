@@ -27,8 +27,8 @@ FAR = 4.0  # times as many rows or pixels, or fewer
 SLICE = 0.15  # seconds of measuring at one new shape, where that is a choice
 
 # Places, in a problem's row of integers, of those that differ between two sizes of one layer; and of the factors of its size.
-_SIZES = {"conv2d": (1, 3, 4, 8, 9), "linear": (1,)}
-_FACTORS = {"conv2d": (1, 8, 9), "linear": (1,)}
+_SIZES = {"conv2d": (1, 3, 4, 8, 9), "linear": (1, 4, 5)}
+_FACTORS = {"conv2d": (1, 8, 9), "linear": (1, 4)}
 _DTYPES = {"conv2d": {torch.float16: 2, torch.bfloat16: 9}, "linear": {torch.float16: 2, torch.bfloat16: 14}}
 _EPILOGUES = ("none", "relu", "gelu_tanh", "gelu", "silu", "geglu", "geglu_tanh", "swiglu")
 
@@ -191,14 +191,32 @@ def linear_problem(
     columns = weight.shape[0] // (2 if activation.startswith("geglu") else 1)
     spacing = [_row_stride(x), _row_stride(weight)]
     width = x.shape[-1]
-    numbers = [_DTYPES["linear"][x.dtype], x.numel() // width, columns, width, *spacing]
+    batches, gap = _samples(x)
+    rows = x.numel() // width // batches
+    numbers = [_DTYPES["linear"][x.dtype], rows, columns, width, batches, gap, *spacing]
     numbers += [bias is not None, residual is not None, 0 if residual is None else _row_stride(residual)]
     second = [0, 0] if beside is None else [beside.shape[-1], _row_stride(beside)]
     return list(map(int, [*numbers, _EPILOGUES.index(activation), *second]))
 
 
+def _samples(tensor: Tensor) -> tuple[int, int]:
+    """How many matrices of evenly spaced rows, and the elements from one to the next; all rows as one are (1, 0)."""
+    rows, spacing = 1, tensor.shape[-1]
+    batches, gap = 1, 0
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            spacing = stride
+        if batches > 1 or stride != rows * spacing:
+            batches, gap = batches * size, gap or stride
+        else:
+            rows *= size
+    return batches, gap
+
+
 def _row_stride(tensor: Tensor) -> int:
-    """Elements from one row of the last dimension to the next; all rows are evenly spaced."""
+    """Elements from one row of the last dimension to the next, of one matrix of them."""
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size != 1:
             return stride
