@@ -312,6 +312,10 @@ def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     changed = rng.choice(CONFIGS)
     pair.config = CompilationConfig(**changed, graph_memory_budget=GRAPHS)
     pair.compile()
+    if not pair.config.enable_jit:  # eager from then on: for one picture
+        pair.compare(pair.draw)
+        pair.config = CompilationConfig(graph_memory_budget=GRAPHS)
+        pair.compile()
     return str(changed)
 
 

@@ -33,6 +33,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.1, torch
 TOLERANCE_TF32 = 5e-2  # fp32 on a GPU, see sfast.verify
 GRAPHS = 256 * 2**20  # bytes that captured graphs may hold: so few that old ones have to go
 SIZE = 32  # pixels: twice the pipeline's own factor is enough for every layer to have something to do
+EAGER_ALONE = "view size is not compatible"  # peft's DoRA of convolutions fails with channels-last weights: not merged
 LORA = re.compile(r"lora_|_layer\.")  # in names of parameters that peft has added
 
 
@@ -128,6 +129,8 @@ class Pair:
 
     def _alike(self, expected: Any, got: Any) -> None:
         self.refused = describe(expected) if isinstance(expected, Exception) else None
+        if self.refused is not None and EAGER_ALONE in self.refused and isinstance(got, Tensor):
+            return
         if type(expected) is not type(got) or (isinstance(got, Exception) and str(got) != str(expected)):
             shown = [describe(value) for value in (expected, got)]
             error = Disagreement(f"eager: {shown[0]}; compiled: {shown[1]}")
