@@ -42,7 +42,9 @@ def test_linear(name, biased, device) -> None:
 def test_some_tokens_of_each_sample(name, device) -> None:
     x, *rest = make(name, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     tokens = torch.cat([x, x + 1, x * 2], 1)[:, 15:30]
-    assert not linear.has_even_rows(tokens) and linear.has_even_rows(linear._one_matrix(tokens))
+    assert not linear.has_even_rows(tokens)
+    assert linear.has_even_rows_in_samples(tokens) and linear._matrices(tokens) is tokens
+    assert not linear.has_even_rows_in_samples(tokens[:1].expand(2, -1, -1)), "samples that overlap are copied"
     inputs = (tokens, *rest)
     assert_close_to_fp64(getattr(ops, name)(*inputs), getattr(linear, f"{name}_reference"), *inputs)
 
