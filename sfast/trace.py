@@ -20,7 +20,7 @@ import torch
 
 from sfast import hoist, rewrite
 from sfast.containers import Changes, ChangesContainers, Contents
-from sfast.decisions import Guard, Sizes, Untraceable
+from sfast.decisions import Function, Guard, Sizes, Untraceable
 from sfast.fallback import is_out_of_memory, keeping_exceptions, let_through
 from sfast.host import bring_over
 from sfast.merge import NAME, Pack, merge_linears
@@ -31,7 +31,7 @@ from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
 from sfast.writes import outputs_of, read_by, written_values
 
-FEW = 512  # operators that tell what sizes decide; it takes as many calls of PyTorch at each new shape
+FEW = 512  # values that tell what sizes decide; they take about as many calls of PyTorch at each new shape
 
 _tracing_lock = threading.RLock()  # the tracer's state and the patches below belong to the whole process
 
@@ -182,7 +182,7 @@ def trace(
         by_values = range(own, own + len(reads.values))
         by_sizes = range(by_values.stop, by_values.stop + len(reads.sizes))
         guard = _guard(_only(graph, by_values), reads, len(weights)) if by_values else None
-        sizes = _sizes(_only(graph, by_sizes, of_sizes=True), reads, len(weights)) if by_sizes else None
+        sizes = _sizes(graph, by_sizes, reads, len(weights)) if by_sizes else None
         for place in reversed((*by_values, *by_sizes)):
             graph.eraseOutput(place)
         bring_over(graph, len(weights))
@@ -279,14 +279,33 @@ def _guard(asked: Any, reads: Reads, count: int) -> Guard:
     return Guard(function, weights, tensors, text, reads.where, numbers)
 
 
-def _sizes(asked: Any, reads: Reads, count: int) -> Sizes:
+def _sizes(graph: Any, places: range, reads: Reads, count: int) -> Sizes:
     """What Python asked for of sizes, as a function of tensors without memory: nothing is computed but sizes."""
-    _to_meta(asked)
-    cheap = len(list(asked.nodes())) <= FEW
-    return Sizes(*_function_of_few(asked, count), [size.tolist() for size in reads.sizes], cheap)
+    whole = graph.copy()
+
+    def make() -> Function:
+        with _tracing_lock, _quiet():
+            asked = _only(whole, places, of_sizes=True)
+            _to_meta(asked)
+            return _function_of_few(asked, count)
+
+    return Sizes(make, [size.tolist() for size in reads.sizes], _takes_few(graph, places))
 
 
-def _function_of_few(graph: Any, count: int) -> tuple[Callable[..., list[torch.Tensor]], list[int], list[int]]:
+def _takes_few(graph: Any, places: range) -> bool:
+    """Whether few operators compute these results of a graph."""
+    outputs = list(graph.outputs())
+    seen: set[int] = set()
+    pending = [outputs[place] for place in places]
+    while pending and len(seen) <= FEW:
+        value = pending.pop()
+        if value.unique() not in seen:
+            seen.add(value.unique())
+            pending += read_by(value.node())
+    return not pending
+
+
+def _function_of_few(graph: Any, count: int) -> Function:
     """A function of the weights and tensors that a graph reads, and their places."""
     read = [i for i, value in enumerate(graph.inputs()) if value.uses()]
     weights = rewrite.drop_unused_inputs(graph, count)

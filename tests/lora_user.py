@@ -20,7 +20,7 @@ from sfast.components import find_components
 from sfast.trace import Split, Trace
 from tests import graphs, lora_files
 from tests.tiny import Pipeline
-from tests.twins import KNOWN, Change, Twin
+from tests.twins import KNOWN, Change, Twin, relative_error
 
 UNET = {"unet": r"attn\d\.to_[qk]$"}
 SOME_TEXT = r"[qv]_proj$"
@@ -49,8 +49,9 @@ class User:
         self.twin.remember(self.base, like=first)
         self.weights = weights(self.pipe)
         self.look()
-        assert [note for note in self.notes if not WITHOUT_GRAPH.match(" ".join(note))] == []
-        assert all(count > 0 for _, count in self.counts.values())
+        without = {what for what, why in self.notes if WITHOUT_GRAPH.match(f"{what} {why}")}
+        assert {what for what, _ in self.notes} == without
+        assert all(graphs > 0 for what, (_, graphs) in self.counts.items() if what not in without)
 
     def look(self) -> None:
         """From now on nothing may be traced or captured, and nothing fall back; weights lie where they should."""
@@ -118,7 +119,8 @@ class User:
         """Without adapters everything is as it was before the first."""
         self.unload()
         assert_same(weights(self.pipe), self.weights)
-        assert torch.equal(self.draw(), self.base)
+        again = self.draw()  # what was captured again on a GPU may sum in another order
+        assert relative_error(again, self.base) <= (0.0 if self.pipe.device.type == "cpu" else self.tolerance)
         self.nothing_is_new()
         self.whole = True
 

@@ -341,5 +341,7 @@ def test_choices_that_do_not_fit_are_made_anew(ops):
 
 
 def test_lines_that_are_no_choices_are_not_taken(ops):
-    nonsense = "conv2d = x\nlinear 1 2 = y\nconv3d 1 = z\n\nlinear 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 = w\nlinear a b = v\n"
+    nonsense = (
+        "conv2d = x\nlinear 1 2 = y\nconv3d 1 = z\n\nlinear 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 = w\nlinear a b = v\n"
+    )
     assert ops.recall(0, nonsense) == 0

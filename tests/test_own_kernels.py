@@ -77,7 +77,22 @@ def test_every_cut_of_a_product(ops, dtype, activation):
             return F.gelu(out) if activation == "gelu" else ACTIVATIONS[activation](out)
 
         has_residual = int(residual is not None)
-        fields = [number, m, n, k, k + 16, k, 1, has_residual, n * has_residual, EPILOGUES.index(activation), 0, 0]
+        fields = [
+            number,
+            m,
+            n,
+            k,
+            1,
+            0,
+            k + 16,
+            k,
+            1,
+            has_residual,
+            n * has_residual,
+            EPILOGUES.index(activation),
+            0,
+            0,
+        ]
         choose("linear", fields, way)
         eager, exact = reference(lambda t: t), reference(torch.Tensor.double)
         poison(eager)
@@ -100,7 +115,7 @@ def test_a_gate_with_a_weight_of_its_own(ops, dtype):
             value, gate = (F.linear(cast(x), cast(w), b) for w, b in zip(weights, cast_biases, strict=True))
             return value * F.silu(gate)
 
-        choose("linear", [number, m, n, k, k, k + 8, i % 2, 0, 0, EPILOGUES.index("swiglu"), 0, 0], way)
+        choose("linear", [number, m, n, k, 1, 0, k, k + 8, i % 2, 0, 0, EPILOGUES.index("swiglu"), 0, 0], way)
         eager, exact = reference(lambda t: t), reference(torch.Tensor.double)
         poison(eager)
         result = ops.linear_swiglu(x, weights[0], biases[0], weights[1], biases[1])
@@ -118,7 +133,7 @@ def test_two_matrices_side_by_side(ops, dtype):
             half(n, first + second, dtype=torch_dtype, scale=(first + second) ** -0.5),
             half(n, dtype=torch_dtype),
         )
-        fields = [number, m, n, first, first + 8, first + second, 1, 0, 0, 0, second, second]
+        fields = [number, m, n, first, 1, 0, first + 8, first + second, 1, 0, 0, 0, second, second]
         choose("linear", fields, way)
         eager = F.linear(torch.cat([a, b], 1), weight, bias)
         exact = F.linear(torch.cat([a, b], 1).double(), weight.double(), bias.double())

@@ -131,7 +131,9 @@ def test_draws_what_eager_draws(user: User) -> None:
     user.look()
     again = [draw(user, user.pipe, **call) for call in calls(user.name)]
     user.nothing_is_new()
-    for one, same in zip(again, drawn, strict=True):  # on a GPU a shape's first picture may have summed in another order
+    for one, same in zip(
+        again, drawn, strict=True
+    ):  # on a GPU a shape's first picture may have summed in another order
         assert relative_error(one, same) <= (0.0 if user.pipe.device.type == "cpu" else user.tolerance)
     latents = [draw(user, user.pipe), *drawn[1:]]
     for one, other in itertools.combinations(latents, 2):
