@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from sfast.fallback import is_out_of_memory
+
 MAX_GUARDS = 4  # of one signature: different questions about values
 MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt
 MAX_PROMPTS = 4  # whose answers are remembered: guidance calls with two or three in turn
@@ -57,7 +59,9 @@ class Guard:
                 return values
         try:
             values = tuple([(tuple(t.shape), *t.flatten().tolist()) for t in self.compute(weights, tensors)])
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             values = None
         last = [(weakref.ref(tensor), version) for tensor, version in zip(read, versions, strict=True)], values
         self._known = [last, *self._known[: MAX_PROMPTS - 1]]

@@ -38,8 +38,8 @@ class Known(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         hosts = None if kwargs else _on_host(func, args)
-        if hosts is not None and (func in _READ or not isinstance(args[0], Known)):
-            return func(*hosts)  # without Known in the first place: a table on the host is read
+        if hosts is not None and (func in _READ or (func is _T.__getitem__ and not isinstance(args[0], Known))):
+            return func(*hosts)  # the second reads a table on the host
         result = func(*_plain(args), **_plain(kwargs))
         if func is _T.unbind and hosts is not None:  # also when it is iterated over
             return tuple([known(*pair) for pair in zip(result, func(*hosts), strict=True)])

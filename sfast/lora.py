@@ -144,7 +144,11 @@ def _name_of(adapter: str | os.PathLike[str], loaded: list[str], options: Mappin
     facts: list[Any] = [str(path.resolve()), sorted((key, repr(value)) for key, value in options.items())]
     folder = path / str(options.get("subfolder") or "")
     files = [path] if path.is_file() else sorted(f for f in folder.glob("*") if f.suffix in _KINDS_OF_FILES)
-    facts += [(file.name, state.st_mtime_ns, state.st_size) for file in files if (state := file.stat())]
+    facts += [
+        (file.name, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_size)
+        for file in files
+        if (state := file.stat())
+    ]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
     return f"file_{re.sub(r'[^0-9a-zA-Z]+', '_', path.stem)}_{digest}"  # a module's name has no dots
 

@@ -156,6 +156,10 @@ def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check |
         except Exception as exception:
             fallback.let_through(exception)
             error = fallback.reason(exception)
+            if fallback.is_out_of_memory(exception):  # which says nothing about numbers
+                make_room(component.state.device)
+                component.note(f"ran eager at {describe_shapes(call.tensors)}, until there is more memory: {error}")
+                return check.give_back()
         if check.disturbed():
             return _try_again(component, call, check)
         if error is None:

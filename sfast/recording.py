@@ -1,20 +1,26 @@
 """Python numbers while a call is traced: what becomes of them, and tensors where they meet tensors.
 
 For everybody else, another thread that reads the module's attributes meanwhile above all, a `Number` is the float that it
-stands for. What reads it past its methods in the thread that traces, as C code does, bakes its value in; the check of the next
-values notices that.
+stands for. What reads it past its methods in the thread that traces, as C code does, bakes its value in. Of that kind are the
+functions of `math`, so while a call is traced they give such a number up (`_Functions`); for the rest there is the check of the
+next values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from sfast.sizes import is_of_models
 
 Place = tuple[Hashable, ...]  # where a number stands: ("attribute", path) or ("argument", index, index, ...)
 Values = Mapping[Place, float]
@@ -101,6 +107,40 @@ def exact_of(number: Any) -> Any:
     return number.exact if isinstance(number, Number) else number
 
 
+class _Functions:
+    """The functions of `math`, wherever the module itself or the files of models name them: none may read a `Number`."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def exchange(self) -> None:
+        """Have them pin the numbers that they get."""
+        own = {id(each): _pinning(each) for each in vars(math).values() if isinstance(each, BuiltinFunctionType)}
+        files = [vars(module) for name, module in list(sys.modules.items()) if is_of_models(name, module)]
+        for names in [vars(math), *files]:
+            for name, value in list(names.items()):
+                if id(value) in own:
+                    self._before.append((names, name, value))
+                    names[name] = own[id(value)]
+
+    def put_back(self) -> None:
+        """Leave everything as it was."""
+        while self._before:
+            names, name, value = self._before.pop()
+            names[name] = value
+
+
+def _pinning(function: Callable[..., Any]) -> Callable[..., Any]:
+    def pinned(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(_given_up, args), **{name: _given_up(arg) for name, arg in kwargs.items()})
+
+    return pinned
+
+
+def _given_up(value: Any) -> Any:
+    return value.recording.pin(value) if isinstance(value, Number) else value
+
+
 class Recording(TorchFunctionMode):
     """Numbers in the places of some of a call's, what Python asks about them, and tensors where they meet tensors."""
 
@@ -113,13 +153,16 @@ class Recording(TorchFunctionMode):
         self._cast: dict[torch.dtype, torch.Tensor] = {}
         self.places = places
         self._numbers = {place: self._number(i, place, values[place]) for i, place in enumerate(places)}
+        self._functions = _Functions()
 
     def __enter__(self) -> Recording:
         self._thread = threading.get_ident()
         super().__enter__()
+        self._functions.exchange()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._functions.put_back()
         super().__exit__(*error)
         self._thread, self.vector = 0, None
         self._cast.clear()

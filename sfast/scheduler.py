@@ -64,7 +64,13 @@ def follow(scheduler: Any, others_compile: Callable[[], bool] = lambda: False) -
         return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
 
     def with_host(method: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(*map(on_host, args), **{name: on_host(arg) for name, arg in kwargs.items()})
+        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Known) and arg.fresh()]
+        versions = [arg.host._version for arg in given]
+        result = method(*map(on_host, args), **{name: on_host(arg) for name, arg in kwargs.items()})
+        for arg, version in zip(given, versions, strict=True):
+            if arg.host._version != version:  # it writes to its timestep, which is the loop's, too
+                arg.plain.copy_(arg.host)
+        return result
 
     for name in methods:
         put(scheduler, name, with_host)

@@ -56,7 +56,7 @@ class Sizes:
         self._files: list[dict[str, Any]] = []
         if self._keeps:
             builtins.len = self._length()
-            files = [vars(module) for name, module in list(sys.modules.items()) if _is_of_models(name, module)]
+            files = [vars(module) for name, module in list(sys.modules.items()) if is_of_models(name, module)]
             self._files = [*{id(file): file for file in files}.values()]
             kind = self._int()
             for file in self._files:
@@ -173,7 +173,7 @@ class _LikeInt(type):
     __hash__ = type.__hash__
 
 
-def _is_of_models(name: str, module: Any) -> bool:
+def is_of_models(name: str, module: Any) -> bool:
     """Whether a model may be written in a file."""
     if not name.startswith(_MODELS) and not is_users(name):
         return False

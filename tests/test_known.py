@@ -34,6 +34,8 @@ COMPUTED: list[Callable[[Any], Any]] = [
     lambda t: 1 + -t,
     lambda t: 1.0 / t[2],
     lambda t: torch.mul(t[2], 2.0),
+    lambda t: torch.sub(torch.tensor(1.0), t),
+    lambda t: torch.tensor(2.0) * t[1],
     lambda t: t.to(torch.float16) / 1000,
     lambda t: t.long(),
     lambda t: t.view(2, 2).reshape(1, 4).unsqueeze(0).squeeze(0).flatten().repeat(2),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import queue
 import threading
 from collections.abc import Callable
+from math import exp
 from typing import Any
 
 import pytest
@@ -113,9 +115,7 @@ def as_an_option(x: Tensor, scale: float) -> Tensor:
 
 
 def past_its_methods(x: Tensor, scale: float) -> Tensor:
-    import math
-
-    return x * math.sqrt(scale)
+    return x * float.__add__(scale, 0.0)  # as C code reads it
 
 
 def rounded(x: Tensor, scale: float) -> Tensor:
@@ -125,6 +125,18 @@ def rounded(x: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("use", [as_a_size, as_an_exponent, as_an_option, rounded])
 def test_what_no_tensor_can_stand_for_has_a_trace_for_each_value(use: Any) -> None:
     assert traces(use, 0.7, 0.2, 1.0, 0.5) == 4
+
+
+def test_functions_of_math_give_a_number_up() -> None:
+    def near_one(x: Tensor, scale: float) -> Tensor:
+        return x if math.isclose(scale, 1.0) else x * scale * 2
+
+    def weak(x: Tensor, scale: float) -> Tensor:
+        return x * (1 + 1e-5 * exp(scale))  # below what a comparison with eager tells, at first
+
+    assert traces(near_one, *MANY) == len(MANY)
+    assert traces(weak, 0.1, 0.2, 0.3, 0.4, 0.5, 15.0) == 6
+    assert math.isclose(1.0, 1.0) and type(math.isclose) is type(math.exp) is type(exp)
 
 
 def test_what_is_baked_in_past_a_numbers_methods_is_noticed_at_the_next_value() -> None:
