@@ -136,7 +136,7 @@ def test_functions_of_math_give_a_number_up() -> None:
 
     assert traces(near_one, *MANY) == len(MANY)
     assert traces(weak, 0.1, 0.2, 0.3, 0.4, 0.5, 15.0) == 6
-    assert math.isclose(1.0, 1.0) and type(math.isclose) is type(math.exp) is type(exp)
+    assert {type(each) for each in (math.isclose, math.exp, exp)} == {type(len)}  # as they were
 
 
 def test_what_is_baked_in_past_a_numbers_methods_is_noticed_at_the_next_value() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import sfast
 from sfast import CompilationConfig
 from sfast.instead import Instead
-from sfast.known import Known
+from sfast.known import Known, known
 from sfast.scheduler import follow, leave
 from tests import tiny
 
@@ -270,3 +270,19 @@ def test_on_a_gpu_a_scheduler_waits_if_nobody_helps() -> None:
         t = scheduler.timesteps[1]
         scheduler.timesteps.mul_(0)
     assert torch.equal(scheduler.step(x, t, x).prev_sample, type(scheduler).step(scheduler, x, t.plain, x).prev_sample)
+
+
+class WritesToItsTimestep(diffusers.DDIMScheduler):
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        timestep.sub_(2)
+        return sample
+
+
+def test_what_a_scheduler_writes_to_its_timestep_the_loop_sees() -> None:
+    scheduler = WritesToItsTimestep()
+    follow(scheduler)
+    on_gpu = torch.tensor([666, 333])
+    times: Any = known(on_gpu, on_gpu.clone())
+    first = times[0]
+    scheduler.scale_model_input(torch.zeros(1), first)
+    assert on_gpu.tolist() == [664, 333] and int(first) == 664 and int(times[0]) == 664

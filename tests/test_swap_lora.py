@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import inject
+from sfast.lora import _name_of
 from tests import lora_files
 from tests.lora_files import ATTENTION, EVERYTHING, FEED_FORWARD, PROMPT, TEXT
 from tests.test_inject import assert_same, facts
@@ -195,6 +197,18 @@ def test_a_disabled_pipeline_is_enabled(user: User) -> None:
     user.pipe.disable_lora()
     user.swap({two: 1.0})
     user.check({two: 1.0})
+
+
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time(tmp_path: Path) -> None:
+    path, other = tmp_path / "lora.safetensors", tmp_path / "other.safetensors"
+    path.write_bytes(b"one")
+    other.write_bytes(b"two")
+    before = _name_of(path, [], {})
+    assert _name_of(path, [], {}) == before
+    times = path.stat()
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.replace(path)
+    assert _name_of(path, [], {}) != before
 
 
 def test_a_file_that_changes(user: User) -> None:
