@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sfast import merged
+from sfast import adapter_weights
+from sfast.adapter_weights import Adapted, CannotMerge, MergedWeight
 from sfast.checksums import Checksums
-from sfast.collection import without_collection
-from sfast.cuda_graph import GraphPool, Patience, can_capture, pool_of
+from sfast.cuda_graph import Backoff, GraphPool, can_capture, pool_of
 from sfast.fallback import is_out_of_memory, let_through
-from sfast.merged import Adapted, CannotMerge, Merged
+from sfast.gc_pause import gc_paused
 from sfast.placement import owned_alone
 from sfast.verify import version_of
 
@@ -42,7 +42,7 @@ class Adapters:
     def __init__(self) -> None:
         self._layers: list[Adapted] = []
         self._shared: set[int] = set()  # ids of tensors that others than one layer read, too
-        self._merged: dict[int, Merged] = {}  # by the Parameter's id
+        self._merged: dict[int, MergedWeight] = {}  # by the Parameter's id
         self._watched: list[torch.Tensor] = []  # what the sums depend on
         self._counted: list[torch.Tensor] = []  # those of which PyTorch counts how often they were written to
         self._seen: Hashable = None  # where they were, and how often that was
@@ -50,7 +50,7 @@ class Adapters:
         self._known: list[Hashable] = []  # what these were
         self._picture: int | None = None
         self._scale = 1.0
-        self._failed: Patience | None = None  # of the last merge
+        self._failed: Backoff | None = None  # of the last merge
         self.dirty = False  # graphs may have to read other weights
         self.writes = 0  # how often they had to
 
@@ -108,7 +108,7 @@ class Adapters:
         if not self.dirty:
             return False
         handled = sys.exc_info()[1]  # whoever calls may be about to look at it
-        with torch.no_grad(), without_collection():
+        with torch.no_grad(), gc_paused():
             try:
                 self._merge(own, read)
             except Exception as error:
@@ -118,7 +118,7 @@ class Adapters:
                 self._watch([weight for layer in self._layers for weight in layer.base._parameters.values()])
                 self._known = self._checksums.get()
                 self._seen = self._look()
-                self._failed = self._failed or Patience()
+                self._failed = self._failed or Backoff()
                 if is_out_of_memory(error):
                     self._failed.failed(self._pool())
                 self.dirty = False
@@ -131,7 +131,7 @@ class Adapters:
         self._merged = {key: sum_ for key, sum_ in self._merged.items() if key in present and sum_.fits()}
         for layer in self._layers:
             if layer.wrapper.disable_adapters and layer.wrapper.merged:
-                merged.unmerge(layer.wrapper, self._scale)
+                adapter_weights.unmerge(layer.wrapper, self._scale)
         jobs = self._jobs()
         touched = {id(weight) for _, _, weights in jobs for weight in weights}
         for key in [key for key in self._merged if key not in touched]:
@@ -149,7 +149,7 @@ class Adapters:
             stamp = tuple(active), tuple([fact_of[id(tensor)] for tensor in (*layer.tensors, *weights)])
             if any([place.stamp != stamp for place in places]):
                 self.writes += 1
-                merged.write(layer, active, places)
+                adapter_weights.write(layer, active, places)
                 for place in places:
                     place.stamp = stamp
 
@@ -209,7 +209,7 @@ class Adapters:
     def _may_suffice(self) -> bool:
         """Whether the last merge has failed for want of memory, and there is more now."""
         failed = self._failed
-        return failed is not None and failed.failures > 0 and failed.over(self._pool())
+        return failed is not None and failed.failures > 0 and failed.may_retry(self._pool())
 
     def _pool(self) -> GraphPool | None:
         device = self._watched[0].device if self._watched else torch.device("cpu")
@@ -223,9 +223,9 @@ class Adapters:
             active = layer.active(self._scale)
             if not active:
                 continue
-            merged.check(layer, active)
+            adapter_weights.check(layer, active)
             parameters = layer.base._parameters
-            names = ["weight"] if merged.is_plain(layer, active) else list(parameters)
+            names = ["weight"] if adapter_weights.is_plain(layer, active) else list(parameters)
             weights = [weight for name in names if (weight := parameters[name]) is not None]
             for weight in weights:
                 if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
@@ -242,17 +242,17 @@ class Adapters:
                 owners[tensor.untyped_storage().data_ptr()].append(tensor)
         return owners
 
-    def _take_place(self, weight: torch.nn.Parameter, owners: dict[int, list[torch.Tensor]]) -> Merged:
+    def _take_place(self, weight: torch.nn.Parameter, owners: dict[int, list[torch.Tensor]]) -> MergedWeight:
         """Where the sum goes: to the weight's own memory, unless others look at that."""
         sharing = owners[weight.untyped_storage().data_ptr()]
         with torch.inference_mode(False):
             if not weight.is_inference() and owned_alone(sharing):
                 tensor, copy = weight.data, weight.data.clone()
-                place = Merged(weight, tensor, lent=True)
+                place = MergedWeight(weight, tensor, lent=True)
                 sharing.append(tensor)  # beside the weights that lie in the same storage
                 weight.data = copy
             else:
-                place = Merged(weight, torch.empty_like(weight.data), lent=False)
+                place = MergedWeight(weight, torch.empty_like(weight.data), lent=False)
         self._merged[id(weight)] = place
         return place
 

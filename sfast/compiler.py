@@ -19,8 +19,8 @@ from sfast.config import CompilationConfig
 from sfast.kernels.precompile import prepare
 from sfast.kernels.triton_or_none import MISSING
 from sfast.loop import Pictures
-from sfast.newcomers import Newcomers
 from sfast.pixels import put_on_gpu, take_off_gpu
+from sfast.replacements import Replacements
 from sfast.scheduler import Follower, leave
 from sfast.trace import is_scripted
 from sfast.versions import check_torch
@@ -52,8 +52,8 @@ def compile(target: T, config: CompilationConfig | None = None) -> T:
         _check_has_data(name, module)
     pictures = None
     if not isinstance(target, torch.nn.Module):
-        newcomers = Newcomers(target, functools.partial(_welcome, config))
-        pictures = Pictures(_around_the_loop(target, config), newcomers)
+        replacements = Replacements(target, functools.partial(_welcome, config))
+        pictures = Pictures(_around_the_loop(target, config), replacements)
     _install(modules, config, pictures)
     return target
 

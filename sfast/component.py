@@ -14,31 +14,31 @@ from typing import Any, TypeVar
 
 import torch
 
-from sfast import fallback, instead, launch, verify
+from sfast import fallback, launch, verify
 from sfast.caller import Caller
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import make_room
 from sfast.decisions import Decisions
 from sfast.fusions import chosen_fusions
-from sfast.instead import StandIn, go_into_copies, stay_out_of_copies
-from sfast.language import without_cache
+from sfast.kv_cache import without_kv_cache
+from sfast.locks import lock_of
 from sfast.loop import Pictures
 from sfast.lora import take_scale
 from sfast.numbers import Given, Numbers
+from sfast.override import Override, can_override, go_into_copies, override_method, restore_method, stay_out_of_copies
 from sfast.placement import Placement
-from sfast.plan import EAGER, Ahead, Call, EagerCall, Plan, RandomOffset, Rest
+from sfast.plan import EAGER, Addresses, Ahead, Call, EagerCall, Plan, RandomOffset
 from sfast.prepare import prepare
 from sfast.state import ModuleState
 from sfast.structure import UnsupportedStructure, describe_shapes, flatten, layout
 from sfast.trace import Trace, is_tracing
-from sfast.turns import turn_of
 
 T = TypeVar("T")
 
 MAX_NOTES = 16  # different reasons of one module that are logged and reported
 
 
-class Component(StandIn):
+class Component(Override):
     """A callable in the place of `module.forward`."""
 
     def __init__(
@@ -65,9 +65,9 @@ class Component(StandIn):
         self.decisions = Decisions()
         self.numbers = Numbers()
         self.placement = Placement()
-        self.rest = Rest()
+        self.addresses = Addresses()
         self.doubts: Counter[str] = Counter()  # what spoke against compiling it, unless others have done that
-        self.lock = turn_of(module)
+        self.lock = lock_of(module)
         self._active = True
         self._caller = Caller()
         functools.update_wrapper(self, getattr(module, self._place), updated=())
@@ -86,8 +86,8 @@ class Component(StandIn):
     def install(self) -> None:
         """Take the place of the module's forward."""
         self.module.__dict__[self._place] = self
-        if instead.is_free(self.module, "_apply"):
-            instead.put(self.module, "_apply", self._move)
+        if can_override(self.module, "_apply"):
+            override_method(self.module, "_apply", self._move)
         stay_out_of_copies(self.module)
 
     def remove(self) -> None:
@@ -102,7 +102,7 @@ class Component(StandIn):
                     del self.module.__dict__[place]
                 else:
                     self.module.__dict__[place] = _eager_forward(self.module) if own is None else own
-            instead.take_back(self.module, "_apply")
+            restore_method(self.module, "_apply")
             go_into_copies(self.module)
             self._forget()
             self.state.take_adapters_out()
@@ -125,7 +125,7 @@ class Component(StandIn):
             return self.eager(*args, **kwargs)
         self.pictures.saw(self.name)
         if self._draws:
-            kwargs = without_cache(type(self.module).forward, args, kwargs)
+            kwargs = without_kv_cache(type(self.module).forward, args, kwargs)
         with self.lock:
             result = self._compiled(args, kwargs) if self._active else EAGER
         return verify.run_eagerly(self.eager, self.state, args, kwargs) if result is EAGER else result
@@ -160,7 +160,7 @@ class Component(StandIn):
 
         call = self._look_at(args, kwargs, structure, tensors)
         plan = self.plans.get(call.key) or self.plans.get(call.signature)
-        if plan is None or plan.waits_no_longer():
+        if plan is None or plan.may_retry():
             return prepare(self, call)
         return EAGER if plan.call is None else self.run(plan, call)
 

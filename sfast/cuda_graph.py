@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from sfast.fallback import is_out_of_memory, logger, note, timed
-from sfast.host import Brought
 from sfast.kernels.precompile import rehearse
+from sfast.upload import Uploads
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -78,7 +78,7 @@ class GraphRunner:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []  # what the graph writes to outside of the pool; it goes with the graph
-        self.brought = Brought()  # what the graph reads that was made on the host
+        self.uploads = Uploads()  # what the graph reads that was made on the host
         self.handle = pool.handle  # of the memory it was captured in
         self.driver_bytes = 0  # what the driver keeps for the graph itself, outside of the pool
         self.last_used = 0
@@ -92,11 +92,11 @@ class GraphRunner:
         self.graph = None
         self.inputs, self.outputs, self.driver_bytes = [], [], 0
         self.kept.clear()
-        self.brought.tensors.clear()
+        self.uploads.tensors.clear()
 
     def memory(self) -> int:
         """Bytes outside of the pool."""
-        tensors = (*self.inputs, *self.kept, *self.brought.tensors)
+        tensors = (*self.inputs, *self.kept, *self.uploads.tensors)
         return self.driver_bytes + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -188,8 +188,8 @@ class GraphPool:
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             with timed("  compiling kernels and choosing plans"):
                 # Compiles kernels, chooses plans, allocates workspaces of this stream.
-                if not rehearse(lambda: runner.brought.warm_up(function, runner.inputs), self.device):
-                    runner.brought.warm_up(function, runner.inputs)
+                if not rehearse(lambda: runner.uploads.warm_up(function, runner.inputs), self.device):
+                    runner.uploads.warm_up(function, runner.inputs)
             torch.cuda.synchronize(self.device)
             if lean:
                 torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
@@ -197,7 +197,7 @@ class GraphPool:
             with _no_garbage_collection(), timed("  capturing"):
                 graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
                 try:
-                    runner.outputs = runner.brought.capture(function, runner.inputs)
+                    runner.outputs = runner.uploads.capture(function, runner.inputs)
                     graph.capture_end()  # raises where an operator has spoilt the capture and caught its own error
                 except BaseException:
                     self._abandon(graph)
@@ -333,7 +333,7 @@ class GraphPool:
         torch.cuda.empty_cache()
 
 
-class Patience:
+class Backoff:
     """When to try again what there was no memory for: when more of it is free, ever more rarely, and not for ever."""
 
     TRIES = 5
@@ -352,7 +352,7 @@ class Patience:
         self._free = free if free is not None else 0 if pool is None else pool.free()
         self._calls = 0 if self.failures == 1 else self._longer()
 
-    def over(self, pool: GraphPool | None) -> bool:
+    def may_retry(self, pool: GraphPool | None) -> bool:
         """Whether this call should try; asked at each that could."""
         if self.failures == 0:
             return True

@@ -30,8 +30,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from sfast.adapter_weights import is_adapted
 from sfast.fallback import logger, reason
-from sfast.merged import is_adapted
 from sfast.undo import modules_of
 
 

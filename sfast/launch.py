@@ -16,7 +16,7 @@ import torch
 from sfast import fallback, verify
 from sfast.cuda_graph import OverBudget
 from sfast.loop import GivenUp, Loop, Watch
-from sfast.plan import Plan, Rest
+from sfast.plan import Addresses, Plan
 from sfast.structure import describe_shapes
 from sfast.trace import Trace
 
@@ -73,9 +73,9 @@ def capture_if_possible(component: Component, plan: Plan, tensors: list[torch.Te
 def _must_wait(component: Component, plan: Plan) -> bool:
     """Whether the graphs of a plan are useless now, and new ones would be soon."""
     state = component.state
-    if plan.pool is None or plan.fits(state.pointers) or component.rest.is_long_enough(state.weights):
+    if plan.pool is None or plan.fits(state.pointers) or component.addresses.are_stable(state.weights):
         return False
-    component.note(Rest.WHY)
+    component.note(Addresses.WHY)
     with component.lock:
         if plan.loop is not None:
             plan.watch = Watch()  # it will be found again
@@ -114,7 +114,7 @@ def capture(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> No
         short = unasked or fallback.is_out_of_memory(error)
         plan.pool = plan.pool if short else None
     if short:  # here the error is gone, and with it what its frames have held
-        plan.patience.failed(plan.pool)
+        plan.backoff.failed(plan.pool)
 
 
 def forget_hoisted(plans: Iterable[Plan]) -> None:
@@ -171,7 +171,7 @@ def _run_loop(
         try:
             return loop(state.weights, state.pointers, (component.pictures.count, state.exchanges), tensors)
         except GivenUp as error:
-            plan.patience.failed(plan.pool, error.free)
+            plan.backoff.failed(plan.pool, error.free)
             plan.watch = Watch()  # for when there is memory again
         except Exception as error:
             fallback.let_through(error)

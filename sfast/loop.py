@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sfast.cuda_graph import GraphPool, GraphRunner, copy
-from sfast.newcomers import Newcomers
+from sfast.replacements import Replacements
 from sfast.scheduler import Follower
 from sfast.trace import Split
 from sfast.verify import version_of
@@ -27,11 +27,11 @@ BETWEEN_PICTURES = ("vae", "vqvae", "movq", "text_encoder", "image_encoder")  # 
 class Pictures:
     """Counts a pipeline's pictures: encoding a prompt or decoding latents is what happens between two loops."""
 
-    def __init__(self, follower: Follower | None = None, newcomers: Newcomers | None = None) -> None:
+    def __init__(self, follower: Follower | None = None, replacements: Replacements | None = None) -> None:
         self._own = 0
         self._others: weakref.WeakSet[Pictures] = weakref.WeakSet()  # of other pipelines, for as long as they draw
         self.followers = [] if follower is None else [follower]
-        self.newcomers = [] if newcomers is None else [newcomers]
+        self.replacements = [] if replacements is None else [replacements]
 
     @property
     def count(self) -> int:
@@ -43,11 +43,11 @@ class Pictures:
         if other is not self:
             self._others.add(other)
         self.followers = _joined(self.followers, other.followers)
-        self.newcomers = _joined(self.newcomers, other.newcomers)
+        self.replacements = _joined(self.replacements, other.replacements)
 
     def leave(self) -> None:
         """The pipelines' schedulers are as they were, and what they consist of now is nothing new."""
-        everybody: list[Any] = [*self.followers, *self.newcomers]
+        everybody: list[Any] = [*self.followers, *self.replacements]
         for each in everybody:
             each.leave()
 
@@ -55,8 +55,8 @@ class Pictures:
         """A component of the pipeline is called."""
         for follower in self.followers:
             follower.look()
-        for newcomers in self.newcomers:
-            newcomers.look(self)
+        for replacements in self.replacements:
+            replacements.look(self)
         if component.startswith(BETWEEN_PICTURES):
             self._own += 1
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from sfast.collection import without_collection
+from sfast.adapter_weights import is_adapted
 from sfast.fallback import let_through, logger, reason
-from sfast.merged import is_adapted
-from sfast.turns import turns_of
+from sfast.gc_pause import gc_paused
+from sfast.locks import locks_of
 from sfast.undo import Undo, modules_of
 
 _NAME_OF_FILE = re.compile(r"file_\w*_[0-9a-f]{12}")  # of adapters that `swap_lora` has loaded
@@ -64,7 +64,7 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
     if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
         raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
     parts = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
-    with turns_of(parts), without_collection():
+    with locks_of(parts), gc_paused():
         before = Undo(pipe, parts, _overwritten(pipe, parts))
         try:
             pairs = zip(adapters, names, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sfast.instead import is_free, put, take_back
+from sfast.override import can_override, override_method, restore_method
 
 
 def put_on_gpu(processor: Any) -> None:
@@ -21,13 +21,13 @@ def put_on_gpu(processor: Any) -> None:
         return
     steps = ("postprocess", "pt_to_numpy", "numpy_to_pil")
     known = all(getattr(type(processor), name, None) is getattr(VaeImageProcessor, name) for name in steps)
-    if known and is_free(processor, "postprocess"):
-        put(processor, "postprocess", _postprocess)
+    if known and can_override(processor, "postprocess"):
+        override_method(processor, "postprocess", _postprocess)
 
 
 def take_off_gpu(processor: Any) -> None:
     """Undo `put_on_gpu`."""
-    take_back(processor, "postprocess")
+    restore_method(processor, "postprocess")
 
 
 def to_pil(images: torch.Tensor) -> list[Any]:

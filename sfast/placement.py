@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 from sfast.kernels.linear_together import are_adjacent
-from sfast.merge import Pack
+from sfast.merged_linears import Pack
 
 RELEASE_BYTES = 256 * 2**20  # of moved weights, whose old memory is then given back: no other pack would fit into it
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sfast.containers import Changes, Contents, repeat
-from sfast.cuda_graph import GraphPool, GraphRunner, Patience
+from sfast.cuda_graph import Backoff, GraphPool, GraphRunner
 from sfast.loop import Loop, Watch
 from sfast.numbers import Given
 from sfast.recording import Recording
@@ -55,7 +55,7 @@ class Plan:
     pool: GraphPool | None = None  # where to capture, again when the graph was dropped or the weights have moved
     watch: Watch | None = None  # looks for tensors that stay the same from call to call
     loop: Loop | None = None  # the call without what those tensors decide
-    patience: Patience = dataclasses.field(default_factory=Patience)  # where there was no memory for a graph
+    backoff: Backoff = dataclasses.field(default_factory=Backoff)  # where there was no memory for a graph
 
     def wants_graph(self, pointers: tuple[int, ...]) -> bool:
         """Whether to capture the call now; not right after memory has run out."""
@@ -65,13 +65,13 @@ class Plan:
             if self.runner.graph is not None and self.pointers == pointers:
                 return False
             if self.runner.given_up is not None:
-                self.patience.failed(self.pool, self.runner.given_up)
+                self.backoff.failed(self.pool, self.runner.given_up)
                 self.runner = None
-        return self.patience.over(self.pool)
+        return self.backoff.may_retry(self.pool)
 
-    def waits_no_longer(self) -> bool:
+    def may_retry(self) -> bool:
         """Whether there was no memory to find out how the call runs, and now may be."""
-        return self.call is None and self.patience.failures > 0 and self.patience.over(self.pool)
+        return self.call is None and self.backoff.failures > 0 and self.backoff.may_retry(self.pool)
 
     def ready(self, pointers: tuple[int, ...]) -> bool:
         """Whether there is nothing to do but replaying a graph that reads the weights where they are."""
@@ -84,7 +84,7 @@ class Plan:
         return self.runner is not None and self.runner.graph is not None and self.pointers == pointers
 
 
-class Rest:
+class Addresses:
     """Whether a module's weights stay where they are for long enough that capturing a graph pays.
 
     A graph reads the weights where they were when it was captured. Offloading brings them to other places for every
@@ -99,7 +99,7 @@ class Rest:
         self._moves = 0
         self._calls = 0
 
-    def is_long_enough(self, weights: list[torch.Tensor]) -> bool:
+    def are_stable(self, weights: list[torch.Tensor]) -> bool:
         """Asked before each capture."""
         places = [*map(torch.Tensor.data_ptr, weights)]
         if len(places) == len(self._places) and 2 * sum(map(operator.ne, places, self._places)) > len(places):

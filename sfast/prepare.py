@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfast import fallback, launch, native, verify
 from sfast.containers import ChangesContainers
-from sfast.cuda_graph import Patience, can_capture, make_room, pool_of
+from sfast.cuda_graph import Backoff, can_capture, make_room, pool_of
 from sfast.decisions import Untraceable
 from sfast.kernels import nearby
 from sfast.loop import Watch
@@ -47,7 +47,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
     _make_room_for_a_plan(component)
     device = component.state.device
     before = component.plans.pop(call.key, None)
-    patience = Patience() if before is None else before.patience
+    backoff = Backoff() if before is None else before.backoff
     pool = pool_of(device) if component.config.enable_cuda_graph and can_capture(device) else None
     native.recall_choices(device)
     component.lay_out()
@@ -75,7 +75,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             if check is not None and check.disturbed():
                 break
             component.bring_together(traced)
-            plan = Plan(traced, pool=pool, patience=patience)
+            plan = Plan(traced, pool=pool, backoff=backoff)
             plan.watch = Watch() if component.hoists and len(call.tensors) > 1 else None
             wanted = call.signature in component.traces  # not at a first shape
             with nearby.borrowing(device, wanted=wanted), _dropping(plan):
@@ -100,8 +100,8 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             if fallback.is_out_of_memory(exception):  # there may be more at a later call
                 make_room(device)
                 component.note(f"ran eager at {describe_shapes(call.tensors)}, until there is more memory: {failure}")
-                component.plans[call.key] = Plan(None, pool=pool, patience=patience)
-                patience.failed(pool)
+                component.plans[call.key] = Plan(None, pool=pool, backoff=backoff)
+                backoff.failed(pool)
                 return EAGER if check is None else check.give_back()
             fallback.logger.debug("%s: a candidate failed", component.name, exc_info=exception)
             continue

@@ -2,7 +2,7 @@
 
 A pattern is a function; it is traced and normalized like the model itself, so that both are spelled alike. The matcher
 walks back from the pattern's result through the graph: constants are compared by value, `add` and `mul` in both orders,
-and a value that someone outside the match still reads refuses the fusion. `merge.py` and `hoist.py` edit graphs, too.
+and a value that someone outside the match still reads refuses the fusion. `merged_linears.py` and `hoist.py` edit, too.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sfast.instead import is_free, put, take_back
 from sfast.known import Known, known, on_host, plain
+from sfast.override import can_override, override_method, restore_method
 
 METHODS = (
     "scale_model_input",
@@ -60,7 +60,7 @@ class Follower:
 def follow(scheduler: Any, others_compile: Callable[[], bool] = lambda: False) -> None:
     """Have a scheduler's methods called with timesteps on the host; twice is once."""
     methods = [name for name in METHODS if hasattr(type(scheduler), name)]
-    if "step" not in methods or not all(is_free(scheduler, name) for name in methods):
+    if "step" not in methods or not all(can_override(scheduler, name) for name in methods):
         return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
 
     def with_host(method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,15 +73,15 @@ def follow(scheduler: Any, others_compile: Callable[[], bool] = lambda: False) -
         return result
 
     for name in methods:
-        put(scheduler, name, with_host)
-    if is_free(scheduler, SET):
-        put(scheduler, SET, functools.partial(_set, others_compile))
+        override_method(scheduler, name, with_host)
+    if can_override(scheduler, SET):
+        override_method(scheduler, SET, functools.partial(_set, others_compile))
 
 
 def leave(scheduler: Any) -> None:
     """Undo `follow`."""
     for name in (*METHODS, SET):
-        take_back(scheduler, name)
+        restore_method(scheduler, name)
     if isinstance(times := getattr(scheduler, "__dict__", {}).get("timesteps"), Known):
         scheduler.timesteps = times.plain
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sfast.adapter_weights import CannotMerge
 from sfast.adapters import Adapters
-from sfast.collection import without_collection
 from sfast.cuda_graph import follow_replays
 from sfast.fallback import is_out_of_memory, let_through, reason
-from sfast.merged import CannotMerge
+from sfast.gc_pause import gc_paused
 from sfast.overwritten import Place, places_of
 from sfast.tree import Tree, exchanged, is_foreign, read
 from sfast.trial import Trial
@@ -220,7 +220,7 @@ class ModuleState:
             return "its weights are on the meta device"
         return None
 
-    @without_collection()
+    @gc_paused()
     def _reread(self) -> None:
         tree = read(self.module)
         # Tied weights are one input.

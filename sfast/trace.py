@@ -3,7 +3,7 @@
 `torch.jit.trace` scripts each submodule first, bakes weights in, and loses or stumbles over some Python. Here a plain
 function over flat tensors is traced: the weights are *inputs* of the graph beside the activations, so an edited, moved or
 replaced weight needs no new trace, and the graph holds no memory of its own. Only this file, `normalize.py`
-and `rewrite.py` call TorchScript; `merge.py` and `hoist.py` edit the graphs that they are handed.
+and `rewrite.py` call TorchScript; `merged_linears.py` and `hoist.py` edit the graphs that they are handed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sfast import hoist, rewrite
 from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.decisions import Function, Guard, Sizes, Untraceable
 from sfast.fallback import is_out_of_memory, keeping_exceptions, let_through
-from sfast.host import bring_over
-from sfast.merge import NAME, Pack, merge_linears
+from sfast.merged_linears import NAME, Pack, merge_linears
 from sfast.overwritten import ReadFirst
 from sfast.reads import Reads
 from sfast.recording import Recording
-from sfast.repairs import Repairs
 from sfast.structure import flatten, unflatten
+from sfast.tracing_mode import TracingMode
+from sfast.upload import mark_uploads
 from sfast.writes import outputs_of, read_by, written_values
 
 FEW = 512  # values that tell what sizes decide; they take about as many calls of PyTorch at each new shape
@@ -185,7 +185,7 @@ def trace(
         sizes = _sizes(graph, by_sizes, reads, len(weights)) if by_sizes else None
         for place in reversed((*by_values, *by_sizes)):
             graph.eraseOutput(place)
-        bring_over(graph, len(weights))
+        mark_uploads(graph, len(weights))
         fired = rewrite.rewrite(graph, fusions)
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
@@ -236,9 +236,9 @@ def _record(
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
-    repairs = Repairs(keep_sizes)
-    reads = repairs.reads
-    with repairs, recording or contextlib.nullcontext():
+    mode = TracingMode(keep_sizes)
+    reads = mode.reads
+    with mode, recording or contextlib.nullcontext():
         graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)
     return _Record(graph, *seen[0], reads)
 

@@ -21,8 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sfast import patches
-from sfast.columns import Columns
-from sfast.merged import Adapted, is_adapted
+from sfast.adapter_weights import Adapted, is_adapted
+from sfast.snapshot import Snapshot
 from sfast.structure import PLAIN
 
 MAX_OBJECTS = 256  # of users' own, that code may read
@@ -55,8 +55,8 @@ class Tree:
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
     objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
-    columns: Columns = dataclasses.field(default_factory=Columns)  # which adapters are active, and how strongly
-    factors: Columns = dataclasses.field(default_factory=Columns)  # the modules and tensors that they are made of
+    columns: Snapshot = dataclasses.field(default_factory=Snapshot)  # which adapters are active, and how strongly
+    factors: Snapshot = dataclasses.field(default_factory=Snapshot)  # the modules and tensors that they are made of
 
     def same(self, quick: bool = False) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops.

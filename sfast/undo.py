@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sfast.merged import is_adapted
+from sfast.adapter_weights import is_adapted
 
 
 def modules_of(*roots: torch.nn.Module) -> list[torch.nn.Module]:

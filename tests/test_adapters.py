@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import checksums
+from sfast.adapter_weights import is_adapted
 from sfast.compiler import restore
 from sfast.component import component_of
-from sfast.merged import is_adapted
 from sfast.verify import relative_error
 from tests.tiny import TINY
 

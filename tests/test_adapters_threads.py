@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast import merged
+from sfast import adapter_weights
+from sfast.adapter_weights import MergedWeight, is_adapted
 from sfast.component import component_of
-from sfast.merged import Merged, is_adapted
 from sfast.trace import is_tracing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*peft_config")
@@ -102,8 +102,8 @@ def test_loaded_while_adapters_are_taken_out(monkeypatch: pytest.MonkeyPatch, ta
     for module in (compiled, eager):
         add(module, "first", "a")
     compiled(X)
-    load, release = once(lambda: add(compiled, "late", "c")), Merged.release
-    monkeypatch.setattr(Merged, "release", lambda self: (load(), release(self)))
+    load, release = once(lambda: add(compiled, "late", "c")), MergedWeight.release
+    monkeypatch.setattr(MergedWeight, "release", lambda self: (load(), release(self)))
     taken_out_by(compiled)
     add(eager, "late", "c")
     mine, right = compiled.state_dict(), eager.state_dict()
@@ -121,8 +121,8 @@ def test_a_state_dict_that_another_thread_holds_while_adapters_are_taken_out(mon
         add(module, "first", "a")
     compiled(X)
     held: list[dict[str, Tensor]] = []
-    hold, release = once(lambda: held.append(compiled.state_dict())), Merged.release
-    monkeypatch.setattr(Merged, "release", lambda self: (hold(), release(self)))
+    hold, release = once(lambda: held.append(compiled.state_dict())), MergedWeight.release
+    monkeypatch.setattr(MergedWeight, "release", lambda self: (hold(), release(self)))
     sfast.restore(compiled)
     held[0]["a.base_layer.weight"].mul_(2)
     eager.a.base_layer.weight.mul_(2)
@@ -141,7 +141,7 @@ def test_loaded_while_others_are_merged(monkeypatch: pytest.MonkeyPatch) -> None
     for module in (compiled, eager):
         add(module, "first", "a")
     load = once(lambda: add(compiled, "late", "c"))
-    monkeypatch.setattr(merged, "write", _before(load))
+    monkeypatch.setattr(adapter_weights, "write", _before(load))
     compiled(X)
     add(eager, "late", "c")
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_loaded_while_others_are_merged(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _before(first: Callable[[], None]) -> Callable[..., None]:
-    write = merged.write
+    write = adapter_weights.write
 
     def call(*args: Any) -> None:
         first()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sfast
+from sfast.adapter_weights import is_adapted
 from sfast.adapters import Adapters
-from sfast.merged import is_adapted
 from tests import lora_files
 from tests.tiny import TINY, Pipeline
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig
-from sfast.cuda_graph import Patience, make_room
+from sfast.cuda_graph import Backoff, make_room
 from sfast.trace import Trace
 from tests.faults import HOISTING, TEXT_TO_IMAGE, Kernel, Net, Said, agree, data, draw, draws, net, pipe, right, said
 from tests.graphs import CPU, OUT_OF_MEMORY, Pool, pool
@@ -194,7 +194,7 @@ def test_out_of_memory_while_it_is_traced_is_not_tried_for_ever(net: Net, monkey
     tries = []
     monkeypatch.setattr("sfast.prepare.trace", lambda *args: tries.append(1) or out_of_memory())
     agree(net, calls=400)
-    assert 3 <= len(tries) <= Patience.TRIES
+    assert 3 <= len(tries) <= Backoff.TRIES
 
 
 def test_a_graph_that_there_is_no_memory_for(pool: Pool, net: Net, said: Said) -> None:
@@ -214,7 +214,7 @@ def test_a_graph_that_there_is_never_memory_for_is_not_tried_for_ever(pool: Pool
     for _ in range(20):
         pool.size *= 2  # there seems to be more every time
         agree(net, calls=40)
-    assert 3 <= pool.captures <= Patience.TRIES and sfast.report(net).graphs == 0
+    assert 3 <= pool.captures <= Backoff.TRIES and sfast.report(net).graphs == 0
     assert len(said()) == 1
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 import sfast
-from sfast import merged
+from sfast import adapter_weights
 from sfast.component import component_of
 from sfast.kernels.linear_together import are_adjacent
 from tests.tiny import finished
@@ -61,7 +61,7 @@ def unload(module):
     """As diffusers and peft do it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if merged.is_adapted(child):
+            if adapter_weights.is_adapted(child):
                 setattr(parent, name, child.get_base_layer())
 
 
@@ -168,7 +168,7 @@ def test_interrupted_while_merging(monkeypatch, at):
     assert_equal(compiled, eager)
     for module in (compiled, eager):
         adapt(module, ["to_q", "to_k", "out"])
-    whole, calls = merged._add_products, []
+    whole, calls = adapter_weights._add_products, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -176,7 +176,7 @@ def test_interrupted_while_merging(monkeypatch, at):
             raise KeyboardInterrupt
         whole(*arguments)
 
-    monkeypatch.setattr(merged, "_add_products", interrupted)
+    monkeypatch.setattr(adapter_weights, "_add_products", interrupted)
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         compiled(inputs())
     assert_equal(compiled, eager)
@@ -328,7 +328,7 @@ def test_a_merge_that_failed_is_remembered_until_something_changes(monkeypatch):
         adapt(module, ["to_q", "out"])
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in compiled.named_parameters()}
     with monkeypatch.context() as patch:
-        patch.setattr(merged, "_add_products", fail)
+        patch.setattr(adapter_weights, "_add_products", fail)
         for _ in range(3):
             assert_equal(compiled, eager)
         assert len(tried) == 1
@@ -359,7 +359,7 @@ def test_a_merge_that_lacked_memory_is_tried_again(monkeypatch):
     compiled, eager = pair()
     for module in (compiled, eager):
         adapt(module, ["to_q", "out"])
-    add, tried = merged._add_products, []
+    add, tried = adapter_weights._add_products, []
 
     def short(*arguments):
         tried.append(arguments)
@@ -367,7 +367,7 @@ def test_a_merge_that_lacked_memory_is_tried_again(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         add(*arguments)
 
-    monkeypatch.setattr(merged, "_add_products", short)
+    monkeypatch.setattr(adapter_weights, "_add_products", short)
     for _ in range(20):
         with torch.no_grad():
             torch.testing.assert_close(compiled(inputs()), eager(inputs()), rtol=1e-5, atol=1e-5)

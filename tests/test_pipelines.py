@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 import sfast
 from sfast.components import find_components
-from sfast.plan import Rest
+from sfast.plan import Addresses
 from tests.tiny import SIZE, TINY, Pipeline, Tiny
 
 # ||compiled - eager|| / ||eager|| of pictures and latents after three steps in fp32: the order of summation differs.
@@ -228,7 +228,7 @@ def test_on_a_gpu_in_fp16(name: str) -> None:
     for call, mine, right in zip(CALLS, compiled, eager, strict=True):
         assert relative_error(mine, right) <= HALF_TOLERANCE, call
     own = [(what, why) for what, why in report.fallbacks if what.startswith(tuple(COMPONENTS[name]))]
-    upcast = [("vae.encoder", Rest.WHY)] if name == "video" else []  # to fp32 and back, for each picture
+    upcast = [("vae.encoder", Addresses.WHY)] if name == "video" else []  # to fp32 and back, for each picture
     assert own in ([], upcast)
     assert report.traces <= sum(COMPONENTS[name].values())
     assert report.graphs >= 2 * sum(traces > 0 for traces in COMPONENTS[name].values())  # two sizes

@@ -9,7 +9,7 @@ from diffusers.image_processor import VaeImageProcessor, VaeImageProcessorLDM3D
 
 import sfast
 from sfast import CompilationConfig
-from sfast.instead import Instead
+from sfast.override import MethodOverride
 from sfast.pixels import put_on_gpu, take_off_gpu, to_pil
 from tests import tiny
 
@@ -31,11 +31,11 @@ def test_every_byte_is_diffusers_own(dtype: torch.dtype, layout: torch.memory_fo
 def test_only_the_known_processor_is_changed_and_given_back() -> None:
     processor = VaeImageProcessor()
     put_on_gpu(processor)
-    assert isinstance(processor.postprocess, Instead)
+    assert isinstance(processor.postprocess, MethodOverride)
     images = torch.rand(1, 3, 4, 4)
     assert isinstance(processor.postprocess(images, output_type="np"), np.ndarray)
     assert processor.postprocess(image=images, output_type="pil")[0].size == (4, 4)
-    assert not isinstance(copy.deepcopy(processor).postprocess, Instead)
+    assert not isinstance(copy.deepcopy(processor).postprocess, MethodOverride)
     take_off_gpu(processor)
     assert "postprocess" not in vars(processor)
 
@@ -46,18 +46,18 @@ def test_only_the_known_processor_is_changed_and_given_back() -> None:
 
     for other in (Own(), VaeImageProcessorLDM3D(), None, object()):
         put_on_gpu(other)
-        assert not isinstance(getattr(other, "postprocess", None), Instead)
+        assert not isinstance(getattr(other, "postprocess", None), MethodOverride)
 
 
 def test_compile_and_restore() -> None:
     pipe = tiny.TINY["text-to-image"].build()
     sfast.compile(pipe)
-    assert isinstance(pipe.image_processor.postprocess, Instead)
+    assert isinstance(pipe.image_processor.postprocess, MethodOverride)
     sfast.compile(pipe, CompilationConfig(enable_gpu_pixels=False))
-    assert not isinstance(pipe.image_processor.postprocess, Instead)
+    assert not isinstance(pipe.image_processor.postprocess, MethodOverride)
     sfast.compile(pipe)
     sfast.restore(pipe)
-    assert not isinstance(pipe.image_processor.postprocess, Instead)
+    assert not isinstance(pipe.image_processor.postprocess, MethodOverride)
 
 
 @pytest.mark.gpu

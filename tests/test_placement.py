@@ -7,7 +7,7 @@ from torch.nn import Parameter
 import sfast
 from sfast import placement
 from sfast.component import component_of
-from sfast.merge import Pack
+from sfast.merged_linears import Pack
 from sfast.placement import Placement
 
 

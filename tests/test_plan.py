@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast.plan import RandomOffset, Rest
+from sfast.plan import Addresses, RandomOffset
 
 
 class Replays:
@@ -135,12 +135,12 @@ def test_weights_that_move_at_every_picture_are_not_captured_at_every_picture(sa
 
 
 def test_a_few_weights_may_move_as_they_like() -> None:
-    rest, weights = Rest(), [torch.randn(2) for _ in range(5)]
+    addresses, weights = Addresses(), [torch.randn(2) for _ in range(5)]
     for i in range(20):
         weights[i % 2] = torch.randn(2)
-        assert rest.is_long_enough(weights)
-    assert rest.is_long_enough([torch.randn(2) for _ in range(5)])
-    assert not rest.is_long_enough([torch.randn(2) for _ in range(5)])
+        assert addresses.are_stable(weights)
+    assert addresses.are_stable([torch.randn(2) for _ in range(5)])
+    assert not addresses.are_stable([torch.randn(2) for _ in range(5)])
 
 
 @pytest.mark.gpu

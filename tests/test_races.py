@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sfast
 from sfast import launch, prepare, verify
 from sfast.component import component_of
-from sfast.turns import turn_of, turns_of
+from sfast.locks import lock_of, locks_of
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_what_is_changed_as_a_whole_waits_for_its_turn(monkeypatch: pytest.Monke
 
     def change() -> None:
         begun.set()
-        with turns_of([net, nn.Linear(1, 1)]):
+        with locks_of([net, nn.Linear(1, 1)]):
             net.gain = 3
         done.set()
 
@@ -211,11 +211,11 @@ def test_restoring_and_moving_wait_for_the_end_of_a_call(change: Any, monkeypatc
 
 def test_turns_are_taken_all_or_none() -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-    turns = turn_of(a), turn_of(b)
+    turns = lock_of(a), lock_of(b)
     both, release = threading.Event(), threading.Event()
 
     def take() -> None:
-        with turns_of([a, b]):
+        with locks_of([a, b]):
             both.set()
             release.wait()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import sfast
 from sfast import CompilationConfig
-from sfast.instead import Instead
 from sfast.known import Known, known
+from sfast.override import MethodOverride
 from sfast.scheduler import follow, leave
 from tests import tiny
 
@@ -111,9 +111,9 @@ def test_schedulers_of_flow_matching_are_followed_though_they_scale_no_input() -
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     assert not hasattr(scheduler, "scale_model_input")
     follow(scheduler)
-    assert isinstance(scheduler.step, Instead) and isinstance(scheduler.set_timesteps, Instead)
+    assert isinstance(scheduler.step, MethodOverride) and isinstance(scheduler.set_timesteps, MethodOverride)
     leave(scheduler)
-    assert not isinstance(scheduler.step, Instead)
+    assert not isinstance(scheduler.step, MethodOverride)
 
 
 def test_methods_are_followed_once_copied_and_left() -> None:
@@ -122,12 +122,12 @@ def test_methods_are_followed_once_copied_and_left() -> None:
     follow(scheduler)
     first = scheduler.step
     follow(scheduler)
-    assert scheduler.step is first and isinstance(first, Instead)
+    assert scheduler.step is first and isinstance(first, MethodOverride)
     assert inspect.signature(scheduler.step) == signature
     for copied in (copy.copy(scheduler), copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert copied.step.__self__ is copied
         follow(copied)
-        assert isinstance(copied.step, Instead) and copied.step is not first
+        assert isinstance(copied.step, MethodOverride) and copied.step is not first
         copied.set_timesteps(5)
         assert len(scheduler.timesteps) != 5
     leave(scheduler)
@@ -138,7 +138,7 @@ def test_a_method_that_somebody_has_replaced_is_left_alone() -> None:
     scheduler = scheduler_of("DDIMScheduler")
     scheduler.step = lambda *args, **kwargs: None
     follow(scheduler)
-    assert not isinstance(scheduler.step, Instead) and "scale_model_input" not in vars(scheduler)
+    assert not isinstance(scheduler.step, MethodOverride) and "scale_model_input" not in vars(scheduler)
     follow(None)
     follow(object())
 
@@ -147,16 +147,16 @@ def test_compile_and_restore_and_another_scheduler() -> None:
     pipe = tiny.TINY["text-to-image"].build()
     sfast.compile(pipe)
     first = pipe.scheduler
-    assert isinstance(first.step, Instead)
+    assert isinstance(first.step, MethodOverride)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(first.config)
-    assert not isinstance(pipe.scheduler.step, Instead)
+    assert not isinstance(pipe.scheduler.step, MethodOverride)
     tiny.TINY["text-to-image"].draw(pipe)
-    assert isinstance(pipe.scheduler.step, Instead)
+    assert isinstance(pipe.scheduler.step, MethodOverride)
     sfast.restore(pipe)
-    assert not isinstance(pipe.scheduler.step, Instead)
+    assert not isinstance(pipe.scheduler.step, MethodOverride)
     sfast.compile(pipe, CompilationConfig(enable_host_timesteps=False))
     tiny.TINY["text-to-image"].draw(pipe)
-    assert not isinstance(pipe.scheduler.step, Instead)
+    assert not isinstance(pipe.scheduler.step, MethodOverride)
 
 
 def test_a_scheduler_that_is_exchanged_is_left_and_so_is_one_that_no_call_has_seen() -> None:
@@ -164,10 +164,10 @@ def test_a_scheduler_that_is_exchanged_is_left_and_so_is_one_that_no_call_has_se
     first = pipe.scheduler
     pipe.scheduler = second = diffusers.DDIMScheduler.from_config(first.config)
     tiny.TINY["text-to-image"].draw(pipe)
-    assert not isinstance(first.step, Instead) and isinstance(second.step, Instead)
+    assert not isinstance(first.step, MethodOverride) and isinstance(second.step, MethodOverride)
     pipe.scheduler = third = diffusers.DDIMScheduler.from_config(first.config)
     sfast.restore(pipe)
-    assert not any(isinstance(scheduler.step, Instead) for scheduler in (first, second, third))
+    assert not any(isinstance(scheduler.step, MethodOverride) for scheduler in (first, second, third))
 
 
 def test_a_shared_scheduler_is_followed_while_one_pipeline_is_compiled() -> None:
@@ -177,9 +177,9 @@ def test_a_shared_scheduler_is_followed_while_one_pipeline_is_compiled() -> None
     sfast.compile(two)
     sfast.restore(two)
     tiny.TINY["text-to-image"].draw(one)
-    assert isinstance(one.scheduler.step, Instead)
+    assert isinstance(one.scheduler.step, MethodOverride)
     sfast.restore(one)
-    assert not isinstance(one.scheduler.step, Instead)
+    assert not isinstance(one.scheduler.step, MethodOverride)
 
 
 def test_pipelines_that_share_their_modules_are_all_followed() -> None:
@@ -192,9 +192,9 @@ def test_pipelines_that_share_their_modules_are_all_followed() -> None:
     assert len(one.unet.forward.pictures.followers) == 2
     two.scheduler = diffusers.EulerDiscreteScheduler.from_config(one.scheduler.config)
     tiny.TINY["text-to-image"].draw(two)
-    assert isinstance(one.scheduler.step, Instead) and isinstance(two.scheduler.step, Instead)
+    assert isinstance(one.scheduler.step, MethodOverride) and isinstance(two.scheduler.step, MethodOverride)
     sfast.restore(one)
-    assert not isinstance(one.scheduler.step, Instead) and not isinstance(two.scheduler.step, Instead)
+    assert not isinstance(one.scheduler.step, MethodOverride) and not isinstance(two.scheduler.step, MethodOverride)
 
 
 def pictures(pipe: Any, callback: Callable[..., dict[str, Any]] | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sfast import merged
+from sfast import adapter_weights
 from tests.soak.operation import OPERATIONS, Step, choose
 from tests.soak.pair import GRAPHS
 from tests.soak.run import MIB, Run, load, run, shrink
@@ -52,7 +52,7 @@ def test_what_is_broken_is_found_repeated_and_shortened(
 ) -> None:
     steps = [Step("prompt", 1), Step("lora_load", 5), Step("guidance", 4)]
     assert run(shipped, steps).failure is None
-    monkeypatch.setattr(merged, "write", lambda *what: None)  # a LoRA without effect
+    monkeypatch.setattr(adapter_weights, "write", lambda *what: None)  # a LoRA without effect
     found = run(shipped, steps)
     assert found.failure is not None and "against eager" in found.failure
     assert found.done == steps[: len(found.done)]

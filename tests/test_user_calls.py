@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfast.instead import Instead
+from sfast.override import MethodOverride
 from tests.tiny import PROMPT, Pipeline
 from tests.twins import BOTH, Twin, relative_error
 
@@ -61,7 +61,7 @@ def test_scheduler_swapped(device: str, said: Any) -> None:
 
         swap(twin.pipe)
         seen.append(twin.draws_as(swap))
-        assert isinstance(twin.pipe.scheduler.step, Instead)
+        assert isinstance(twin.pipe.scheduler.step, MethodOverride)
         assert all(twin.differ(seen[-1], other) for other in seen[:1])
     assert twin.traces() == {"text_encoder": 1, "unet": 2}  # one for each kind of timesteps
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sfast
-from sfast.plan import Rest
+from sfast.plan import Addresses
 from tests.tiny import TINY, Pipeline
 from tests.twins import BOTH, Twin, relative_error, traces
 
@@ -65,7 +65,7 @@ def test_model_cpu_offload(device: str, said: Any) -> None:
         twin.draws_as(lambda pipe: pipe.enable_model_cpu_offload(device=device), **PICTURE)
     assert twin.traces() == DECODED
     lines = said()  # where the weights have come to other places each time
-    assert all(line.endswith(Rest.WHY) for line in lines) and len(lines) <= (0 if device == "cpu" else 3)
+    assert all(line.endswith(Addresses.WHY) for line in lines) and len(lines) <= (0 if device == "cpu" else 3)
     twin.pipe.remove_all_hooks()
     twin.pipe.to(device)
     twin.draws_as(**PICTURE)

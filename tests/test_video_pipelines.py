@@ -15,9 +15,9 @@ import torch
 
 import sfast
 from sfast.component import component_of
-from sfast.instead import Instead
 from sfast.known import Known
 from sfast.loop import Loop
+from sfast.override import MethodOverride
 from tests.lora_user import STEPS, User, delete, load, own_fallbacks, owners, set_adapters
 from tests.test_image_transformer_pipelines import Reading, at_each_step, check, draw
 from tests.tiny import PROMPT, SIZE, Pipeline, picture
@@ -163,7 +163,7 @@ class Waits(Reading):
 
 def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
     on_gpu = user.twin.device == "cuda" and not user.name.startswith(WAITING)
-    assert isinstance(user.pipe.scheduler.step, Instead)
+    assert isinstance(user.pipe.scheduler.step, MethodOverride)
     waits = Waits()
 
     def ended(step: int) -> None:

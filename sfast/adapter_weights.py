@@ -49,7 +49,7 @@ class Adapted:
 
 
 @dataclasses.dataclass
-class Merged:
+class MergedWeight:
     """A Parameter of a base layer, and the memory in which the sum of it and its adapters stands."""
 
     weight: torch.nn.Parameter  # the base values
@@ -101,7 +101,7 @@ def check(layer: Adapted, active: list[tuple[str, float]]) -> None:
         raise CannotMerge(f"an adapter of `{layer.path}` scales the bias of another one, which peft does not merge")
 
 
-def write(layer: Adapted, active: list[tuple[str, float]], moved: list[Merged]) -> None:
+def write(layer: Adapted, active: list[tuple[str, float]], moved: list[MergedWeight]) -> None:
     """Compute the sums of a layer, each into its place; CannotMerge where peft has to and cannot."""
     for merged in moved:
         merged.stamp = None  # whoever interrupts it leaves nothing known
@@ -144,7 +144,7 @@ def _looks_elsewhere(layer: Adapted, name: str) -> bool:
     return hasattr(base, "padding_mode") and name in down and bool(geometry(base) != geometry(down[name]))
 
 
-def _add_products(layer: Adapted, active: list[tuple[str, float]], merged: Merged) -> None:
+def _add_products(layer: Adapted, active: list[tuple[str, float]], merged: MergedWeight) -> None:
     """W + sum of s B A, rounded once. W [K, C, ...], A [r, C, ...], B [K, r, 1, ...]."""
     weight, wrapper = merged.weight, layer.wrapper
     wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
@@ -157,7 +157,7 @@ def _add_products(layer: Adapted, active: list[tuple[str, float]], merged: Merge
         merged.tensor.copy_(total)
 
 
-def _let_peft_merge(layer: Adapted, active: list[tuple[str, float]], moved: list[Merged]) -> None:
+def _let_peft_merge(layer: Adapted, active: list[tuple[str, float]], moved: list[MergedWeight]) -> None:
     """For DoRA, biases, LoHa, ...: peft's own `merge`, on the memory that graphs read."""
     wrapper = layer.wrapper
     base = [merged.weight.data for merged in moved]

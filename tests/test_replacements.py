@@ -68,7 +68,7 @@ def test_a_module_that_was_compiled_otherwise_stays_so(said: Any) -> None:
     twin.draw(twin.pipe)
     assert component_of(other) is installed
     assert installed.config == config
-    assert installed.pictures.newcomers
+    assert installed.pictures.replacements
 
 
 def test_not_after_restore(said: Any) -> None:

@@ -15,7 +15,7 @@ from sfast.reads import Reads, where
 from sfast.sizes import Sizes
 
 
-class Repairs(TorchFunctionMode):
+class TracingMode(TorchFunctionMode):
     """Mends what a plain trace loses, and watches what it bakes in.
 
     - `tensor.data` stays an alias that the trace knows, so writes through it are kept.
@@ -63,7 +63,7 @@ class Repairs(TorchFunctionMode):
             value = value[0]
         part.copy_(value)
 
-    def __enter__(self) -> Repairs:
+    def __enter__(self) -> TracingMode:
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
         self.reads.start()
         self._sizes.start()

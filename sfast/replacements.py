@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 
-class Newcomers:
+class Replacements:
     """Looks for modules that a pipeline has not had before."""
 
     def __init__(self, pipe: Any, install: Callable[..., None]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def without_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Meanwhile, no garbage is looked for."""
     collects = gc.isenabled()
     gc.disable()

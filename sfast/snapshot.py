@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 
-class Columns:
+class Snapshot:
     """What stood in dictionaries and lists when they were added."""
 
     def __init__(self) -> None:

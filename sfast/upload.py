@@ -17,13 +17,13 @@ import torch
 from sfast.kernels.op import LIBRARY
 from sfast.writes import blocks_of, outputs_of
 
-OPERATOR = "sfast::bring_over"
+OPERATOR = "sfast::upload"
 # Where the overloads of `aten::to` take the device and the dtype.
 _PLACES = {"aten::to.device(": (1, 2), "aten::to.dtype_layout(": (3, 1)}
 _READ_SIZES = frozenset(("aten::size", "aten::sym_size", "aten::numel", "aten::dim"))
 
 
-def bring_over(graph: Any, weights: int) -> None:
+def mark_uploads(graph: Any, weights: int) -> None:
     """Mark what a traced graph brings over from the host and could bring over once.
 
     Args:
@@ -75,7 +75,7 @@ def _is_known_before(value: Any, own: set[int]) -> bool:
     return True
 
 
-class Brought:
+class Uploads:
     """What was brought over while a call warmed up, for its capture."""
 
     def __init__(self) -> None:
@@ -94,11 +94,11 @@ class Brought:
         return self._call(function, args)
 
     def _call(self, function: Callable[..., Any], args: Any) -> Any:
-        token = _brought.set(self)
+        token = _uploads.set(self)
         try:
             return function(*args)
         finally:
-            _brought.reset(token)
+            _uploads.reset(token)
 
     def get(self, x: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         """`x` on the device."""
@@ -109,18 +109,18 @@ class Brought:
         return self.tensors[self._next - 1].clone()  # what follows may write to it
 
 
-_brought: contextvars.ContextVar[Brought | None] = contextvars.ContextVar("brought", default=None)
+_uploads: contextvars.ContextVar[Uploads | None] = contextvars.ContextVar("uploads", default=None)
 
 
-def _bring_over(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    brought = _brought.get()
-    return x.to(device, dtype, copy=True) if brought is None else brought.get(x, device, dtype)
+def _upload(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    uploads = _uploads.get()
+    return x.to(device, dtype, copy=True) if uploads is None else uploads.get(x, device, dtype)
 
 
 def _fake(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
     return torch.empty_like(x, device=device, dtype=dtype)
 
 
-LIBRARY.define("bring_over(Tensor x, Device device, ScalarType? dtype) -> Tensor")
-LIBRARY.impl("bring_over", _bring_over, "CompositeExplicitAutograd")
+LIBRARY.define("upload(Tensor x, Device device, ScalarType? dtype) -> Tensor")
+LIBRARY.impl("upload", _upload, "CompositeExplicitAutograd")
 torch.library.register_fake(OPERATOR, _fake, lib=LIBRARY)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast.host import OPERATOR, Brought, bring_over
 from sfast.state import ModuleState
+from sfast.upload import OPERATOR, Uploads, mark_uploads
 
 
 class Rotary(nn.Module):
@@ -32,11 +32,11 @@ class Rotary(nn.Module):
         return self.linear(x * table) + noise
 
 
-def brought_over(forward: Callable[..., Tensor], own: list[Tensor], given: list[Tensor]) -> list[Any]:
+def uploaded(forward: Callable[..., Tensor], own: list[Tensor], given: list[Tensor]) -> list[Any]:
     """The schemas of what brings tensors over in the graph of a call, where "meta" stands for a GPU."""
     inputs = (*own, *[tensor.to("meta") for tensor in given])
     graph, _ = torch._C._create_graph_by_tracing(forward, inputs, lambda _: "", True, False)
-    bring_over(graph, len(own))
+    mark_uploads(graph, len(own))
     return [node.kind() for node in graph.nodes() if node.kind() in (OPERATOR, "aten::to")]
 
 
@@ -49,20 +49,20 @@ def test_what_is_known_before_the_call_is_brought_over_once() -> None:
         lambda table, x: x * table.to(x.device, non_blocking=True),
     ]
     for forward in known:
-        assert brought_over(forward, [table], [x]) == [OPERATOR]
+        assert uploaded(forward, [table], [x]) == [OPERATOR]
     others: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda table, x: x * table.to(torch.float64)[0, 0],  # it stays
         lambda table, x: x.to("meta", torch.float64),  # it is there
         lambda table, x: x * (table + torch.randn(3)).to(x.device),
     ]
     for forward in others:
-        assert OPERATOR not in brought_over(forward, [table], [x])
+        assert OPERATOR not in uploaded(forward, [table], [x])
 
     def of_the_call(x: Tensor, table: Tensor) -> Tensor:
         return x * table.to(x.device)
 
     graph, _ = torch._C._create_graph_by_tracing(of_the_call, (x.to("meta"), table), lambda _: "", True, False)
-    bring_over(graph, 0)
+    mark_uploads(graph, 0)
     assert OPERATOR not in [node.kind() for node in graph.nodes()]
 
 
@@ -70,22 +70,22 @@ def test_a_capture_finds_what_was_brought_over_while_it_warmed_up() -> None:
     table, cpu = torch.randn(3), torch.device("cpu")
 
     def run(factor: int) -> list[Tensor]:
-        one = torch.ops.sfast.bring_over(table, cpu, None)
-        two = torch.ops.sfast.bring_over(table * factor, cpu, torch.float64)
+        one = torch.ops.sfast.upload(table, cpu, None)
+        two = torch.ops.sfast.upload(table * factor, cpu, torch.float64)
         return [one.mul_(2), two]
 
     plain = run(3)
     assert [t.dtype for t in plain] == [torch.float32, torch.float64]
     assert torch.equal(plain[0], 2 * table) and plain[0].data_ptr() != table.data_ptr()
-    brought = Brought()
+    uploads = Uploads()
     with pytest.raises(TypeError):
-        brought.warm_up(run, None)  # interrupted; the next one starts anew
+        uploads.warm_up(run, None)  # interrupted; the next one starts anew
     for factor in (2, 3):
-        brought.warm_up(run, factor)
-    before = [tensor.clone() for tensor in brought.tensors]
+        uploads.warm_up(run, factor)
+    before = [tensor.clone() for tensor in uploads.tensors]
     table.zero_()
-    captured = brought.capture(run, 3)
-    assert all(map(torch.equal, captured, plain)) and all(map(torch.equal, brought.tensors, before))
+    captured = uploads.capture(run, 3)
+    assert all(map(torch.equal, captured, plain)) and all(map(torch.equal, uploads.tensors, before))
     assert not any(run(3)[1])  # outside of a capture nothing is remembered
 
 

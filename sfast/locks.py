@@ -21,14 +21,14 @@ _lock = threading.Lock()
 PATIENCE = 0.01  # seconds until all turns are tried again
 
 
-def turn_of(module: torch.nn.Module) -> threading.RLock:
+def lock_of(module: torch.nn.Module) -> threading.RLock:
     """A module's turn: the same one for as long as it lives, compiled again or not."""
     with _lock:
         return _turns.setdefault(module, threading.RLock())
 
 
 @contextlib.contextmanager
-def turns_of(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+def locks_of(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """The turns of those modules that have any."""
     with _lock:
         wanted = [turn for module in modules if (turn := _turns.get(module)) is not None]

@@ -15,7 +15,7 @@ from typing import Any
 CACHE, SWITCH = "past_key_values", "use_cache"
 
 
-def without_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_kv_cache(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for a call of a class's `forward`, which keeps no cache unless `args` or `kwargs` say so."""
     place = _place_of_cache(forward)
     if place is None or len(args) > place or kwargs.get(SWITCH) is not None or kwargs.get(CACHE) is not None:

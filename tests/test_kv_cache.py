@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import sfast
-from sfast.language import without_cache
+from sfast.kv_cache import without_kv_cache
 from tests.tiny import finished
 from tests.tiny_transformers import IMAGES, LANGUAGE, Pipeline, gemma, qwen
 
@@ -27,14 +27,14 @@ def writer() -> nn.Module:
 
 def test_who_says_nothing_gets_no_cache() -> None:
     for forward in (transformers.Gemma2Model.forward, transformers.Qwen3Model.forward, transformers.LlamaModel.forward):
-        assert without_cache(forward, (1,), {"attention_mask": 2}) == {"attention_mask": 2, "use_cache": False}
+        assert without_kv_cache(forward, (1,), {"attention_mask": 2}) == {"attention_mask": 2, "use_cache": False}
         for asked in ({"use_cache": True}, {"use_cache": False}, {"past_key_values": ()}):
-            assert without_cache(forward, (1,), asked) is asked
-        assert without_cache(forward, (1, None, None, ()), {}) == {}
+            assert without_kv_cache(forward, (1,), asked) is asked
+        assert without_kv_cache(forward, (1, None, None, ()), {}) == {}
     seeing = transformers.LlavaForConditionalGeneration.forward  # hands its keyword arguments on
-    assert without_cache(seeing, (1,), {}) == {"use_cache": False}
+    assert without_kv_cache(seeing, (1,), {}) == {"use_cache": False}
     for other in (transformers.CLIPTextModel.forward, transformers.T5EncoderModel.forward, nn.Linear.forward, dict.get):
-        assert without_cache(other, (), {}) == {}
+        assert without_kv_cache(other, (), {}) == {}
 
 
 def test_encoders_are_compiled_and_a_cache_is_there_for_who_asks(said: Callable[[], list[str]]) -> None:

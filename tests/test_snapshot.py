@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sfast import tree
-from sfast.columns import Columns
+from sfast.snapshot import Snapshot
 
 
 def exchange(place: dict[Any, Any], name: Any, value: Any) -> None:
@@ -23,13 +23,13 @@ def test_what_stands_in_dictionaries_and_lists() -> None:
     one, two = object(), object()
     places: list[dict[Any, Any]] = [{"a": one}, {"a": one, "b": two}, {}]
     lists = [[one], []]
-    columns = Columns()
+    snapshot = Snapshot()
     for place in places:
-        columns.add(place, place)
-        columns.add_size(place)
+        snapshot.add(place, place)
+        snapshot.add_size(place)
     for items in (*lists, lists[0]):
-        columns.add_list(items)
-    assert columns.same()
+        snapshot.add_list(items)
+    assert snapshot.same()
     changes: list[tuple[Callable[[], None], Callable[[], None]]] = [
         (lambda: exchange(places[0], "a", two), lambda: exchange(places[0], "a", one)),
         (lambda: exchange(places[1], "b", [one]), lambda: exchange(places[1], "b", two)),
@@ -40,21 +40,21 @@ def test_what_stands_in_dictionaries_and_lists() -> None:
     ]
     for change, back in changes:
         change()
-        assert not columns.same()
+        assert not snapshot.same()
         back()
-        assert columns.same()
+        assert snapshot.same()
 
 
 def test_equal_is_not_the_same() -> None:
     values = torch.ones(1), 1, {"x": 1}, "a b"
     place = dict(enumerate(values))
-    columns = Columns()
-    columns.add(place, place)
+    snapshot = Snapshot()
+    snapshot.add(place, place)
     for name, value in enumerate((torch.ones(1), True, {"x": 1}, "".join(["a", " b"]))):
         place[name] = value
-        assert not columns.same()
+        assert not snapshot.same()
         place[name] = values[name]
-    assert columns.same()
+    assert snapshot.same()
 
 
 class Layers(nn.Module):

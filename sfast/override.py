@@ -13,7 +13,7 @@ from typing import Any
 STATE = "__getstate__"  # Python looks for it in the object first
 
 
-class StandIn:
+class Override:
     """What stands in the place of an object's method, and is no part of its state."""
 
     def in_copies(self, name: str) -> Any:
@@ -21,7 +21,7 @@ class StandIn:
         return None
 
 
-class Instead(StandIn):
+class MethodOverride(Override):
     """What stands in the object's own dictionary."""
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
@@ -32,9 +32,9 @@ class Instead(StandIn):
         return self._function(self.method, *args, **kwargs)
 
 
-def put(owner: Any, name: str, function: Callable[..., Any]) -> None:
+def override_method(owner: Any, name: str, function: Callable[..., Any]) -> None:
     """Have `function(method, *args, **kwargs)` called where `owner.name(*args, **kwargs)` is."""
-    vars(owner)[name] = Instead(owner, name, function)
+    vars(owner)[name] = MethodOverride(owner, name, function)
     stay_out_of_copies(owner)
 
 
@@ -45,18 +45,18 @@ def stay_out_of_copies(owner: Any) -> None:
 
 def go_into_copies(owner: Any) -> None:
     """The contrary, when nothing stands in for a method any more."""
-    if not any(isinstance(value, StandIn) for value in vars(owner).values()):
+    if not any(isinstance(value, Override) for value in vars(owner).values()):
         vars(owner).pop(STATE, None)
 
 
-def take_back(owner: Any, name: str) -> None:
+def restore_method(owner: Any, name: str) -> None:
     """The object's method is its class's again, if something stands in its place."""
-    if isinstance(getattr(owner, "__dict__", {}).get(name), Instead):
+    if isinstance(getattr(owner, "__dict__", {}).get(name), MethodOverride):
         del vars(owner)[name]
         go_into_copies(owner)
 
 
-def is_free(owner: Any, name: str) -> bool:
+def can_override(owner: Any, name: str) -> bool:
     """Whether the object has the method of its class, with nothing in its place yet."""
     return hasattr(type(owner), name) and name not in getattr(owner, "__dict__", (name,))
 
@@ -69,6 +69,6 @@ def _state_without(owner: Any) -> Any:
     )  # before 3.11 `object` has none
     if not isinstance(state, dict):
         return state
-    kept = {name: value for name, value in state.items() if name != STATE and not isinstance(value, StandIn)}
-    stood_in = {name: value.in_copies(name) for name, value in state.items() if isinstance(value, StandIn)}
+    kept = {name: value for name, value in state.items() if name != STATE and not isinstance(value, Override)}
+    stood_in = {name: value.in_copies(name) for name, value in state.items() if isinstance(value, Override)}
     return {**kept, **{name: value for name, value in stood_in.items() if value is not None}}
