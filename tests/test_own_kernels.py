@@ -182,7 +182,7 @@ def test_tiles_outnumber_the_processors(ops):
     for i, way in enumerate(whole):
         m, n, k = 4096 + i, 2560, 640
         x, weight, bias = half(m, k), half(2 * n, k, scale=k**-0.5), half(2 * n)
-        choose("linear", [2, m, n, k, k, k, 1, 0, 0, EPILOGUES.index("geglu"), 0, 0], way)
+        choose("linear", [2, m, n, k, 1, 0, k, k, 1, 0, 0, EPILOGUES.index("geglu"), 0, 0], way)
         value, gate = F.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
         for _ in range(3):
             assert error(ops.linear(x, weight, bias, None, "geglu"), (value * F.gelu(gate)).double()) < 5e-4, way
