@@ -1,7 +1,7 @@
 """One compiled module: it stands where the module's `forward` stood and decides, call by call, what runs.
 
 The way of a call: take the arguments apart → know this structure and shape? replay. If not: `prepare.py`. Whatever goes
-wrong on that way ends in the eager forward, with one line that says why. One call at a time takes it; eager needs no turn.
+wrong on that way ends in the eager forward, with one line that says why. One call at a time takes it; eager needs no lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sfast.cuda_graph import make_room
 from sfast.decisions import Decisions
 from sfast.fusions import chosen_fusions
 from sfast.kv_cache import without_kv_cache
-from sfast.locks import lock_of
+from sfast.locks import give_way, lock_of, locks_of
 from sfast.loop import Pictures
 from sfast.lora import take_scale
 from sfast.numbers import Given, Numbers
@@ -92,7 +92,7 @@ class Component(Override):
 
     def remove(self) -> None:
         """Put the module back as it was, bit for bit, and release all graphs."""
-        with self.lock:
+        with locks_of([self.module]):
             self._active = False  # where another library has wrapped us, we only pass calls on
             own = self._own_forward
             for place in ("forward", "_old_forward"):
@@ -110,7 +110,7 @@ class Component(Override):
 
     def _move(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`module.to(...)` and the like: memory that the weights have left is not kept until the next call."""
-        with self.lock:
+        with locks_of([self.module]):
             result = method(*args, **kwargs)
             self.state.let_go()
         return result
@@ -126,6 +126,7 @@ class Component(Override):
         self.pictures.saw(self.name)
         if self._draws:
             kwargs = without_kv_cache(type(self.module).forward, args, kwargs)
+        give_way(self.lock)
         with self.lock:
             result = self._compiled(args, kwargs) if self._active else EAGER
         return verify.run_eagerly(self.eager, self.state, args, kwargs) if result is EAGER else result

@@ -5,7 +5,10 @@ Each change happens at one point of the call, in a thread of its own that is ove
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast import launch, prepare, verify
+from sfast import launch, locks, prepare, verify
 from sfast.component import component_of
-from sfast.locks import lock_of, locks_of
+from sfast.locks import give_way, lock_of, locks_of
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +155,7 @@ def test_adapters_exchanged_between_trace_and_check(monkeypatch: pytest.MonkeyPa
     assert component_of(net).traced >= 1  # type: ignore[union-attr]
 
 
-def test_what_is_changed_as_a_whole_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_changed_as_a_whole_waits_for_the_end_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     net = sfast.compile(Net().eval().requires_grad_(False))
     begun, done = threading.Event(), threading.Event()
 
@@ -194,7 +197,7 @@ def test_restoring_and_moving_wait_for_the_end_of_a_call(change: Any, monkeypatc
         if not thread.ident:
             thread.start()
             thread.join(0.1)
-            waiting.start()  # in front of a module that will be another one when its turn comes
+            waiting.start()  # in front of a module that will be another one when it gets its lock
             seen.append(thread.is_alive())
         return run(*args)
 
@@ -209,9 +212,15 @@ def test_restoring_and_moving_wait_for_the_end_of_a_call(change: Any, monkeypatc
     assert len(sfast.report(net).components) == (change is not sfast.restore)
 
 
-def test_turns_are_taken_all_or_none() -> None:
+def is_free(lock: threading.RLock) -> bool:
+    free: list[bool] = []
+    elsewhere(lambda: free.append(lock.acquire(blocking=False)) or (free[0] and lock.release()))
+    return free[0]
+
+
+def test_locks_are_taken_all_or_none() -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-    turns = lock_of(a), lock_of(b)
+    first, second = lock_of(a), lock_of(b)
     both, release = threading.Event(), threading.Event()
 
     def take() -> None:
@@ -219,21 +228,93 @@ def test_turns_are_taken_all_or_none() -> None:
             both.set()
             release.wait()
 
-    def is_free(turn: threading.RLock) -> bool:
-        free: list[bool] = []
-        elsewhere(lambda: free.append(turn.acquire(blocking=False)) or (free[0] and turn.release()))
-        return free[0]
-
-    with turns[1]:
+    with second:
         thread = threading.Thread(target=take)
         thread.start()
         assert not both.wait(0.05)
-        with turns[0]:  # which the other one does not keep while it waits
+        with first:  # which the other one does not keep while it waits
             assert not both.is_set()
-    assert both.wait(10) and not is_free(turns[0]) and not is_free(turns[1])
+    assert both.wait(10) and not is_free(first) and not is_free(second)
     release.set()
     thread.join()
-    assert is_free(turns[0]) and is_free(turns[1])
+    assert is_free(first) and is_free(second)
+
+
+def test_calls_give_way_to_who_waits_for_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that calls without a pause would be the first to see the lock free, time and again."""
+    monkeypatch.setattr(locks, "COURTESY", 60.0)
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    lock, _ = lock_of(a), lock_of(b)
+    order: list[str] = []
+    changes = [threading.Thread(target=change, args=(order, name, [a, b])) for name in ("first", "second")]
+    with lock:
+        for count, thread in enumerate(changes):
+            thread.start()
+            while len(locks._queue) <= count:  # until it waits
+                time.sleep(0.001)
+    for _ in range(100):
+        give_way(lock)
+        with lock:
+            order.append("call")
+    for thread in changes:
+        thread.join()
+    assert order == ["first", "second", *["call"] * 100] and locks._queue == ()
+
+
+def change(order: list[str], name: str, modules: list[nn.Module]) -> None:
+    with locks_of(modules):
+        order.append(name)
+
+
+def test_whoever_gives_up_waiting_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    held, interrupted = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_of(b):
+            held.set()
+            interrupted.wait(10)
+
+    def interrupt() -> None:
+        while not locks._queue:
+            time.sleep(0.001)
+        time.sleep(0.05)  # until the lock itself is waited for
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threads = [threading.Thread(target=hold), threading.Thread(target=interrupt)]
+    lock_of(a)
+    threads[0].start()
+    held.wait()
+    threads[1].start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), locks_of([a, b]):
+        pass
+    assert time.monotonic() - started < 5 and locks._queue == () and is_free(lock_of(a))
+    interrupted.set()
+    for thread in threads:
+        thread.join()
+    monkeypatch.setattr(locks, "COURTESY", 60.0)
+    give_way(lock_of(b))
+    with locks_of([a, b]):
+        assert not is_free(lock_of(a)) and not is_free(lock_of(b))
+
+
+def test_a_lock_that_is_waited_for_by_other_means_is_had_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that gives way holds what the one before it waits for."""
+    monkeypatch.setattr(locks, "COURTESY", 0.05)
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    order: list[str] = []
+    thread = threading.Thread(target=change, args=(order, "both", [a, b]))
+    lock_of(b)
+    with lock_of(a):
+        thread.start()
+        while not locks._queue:
+            time.sleep(0.001)
+        give_way(lock_of(b))
+        with lock_of(b):
+            order.append("call")
+    thread.join()
+    assert order == ["call", "both"]
 
 
 def test_eager_waits_for_nobody() -> None:
