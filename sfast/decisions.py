@@ -11,7 +11,6 @@ A decision that hangs on the model's own computation, or on random numbers, has 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import weakref
 from collections import Counter
@@ -39,7 +38,11 @@ class DecidesByValue(Untraceable):
 
 @dataclasses.dataclass(eq=False)
 class Guard:
-    """Computes what Python asked for while a call was traced."""
+    """Computes what Python asked for while a call was traced: on the host.
+
+    It is asked at calls that go other ways, where its questions need not make sense. An index out of bounds is an
+    exception there, but on a GPU the end of the process.
+    """
 
     compute: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]]
     weights: list[int]  # places in the weight list of those it reads
@@ -58,7 +61,8 @@ class Guard:
             if all([ref() is tensor and version == now >= 0 for (ref, version), tensor, now in pairs]):
                 return values
         try:
-            values = tuple([(tuple(t.shape), *t.flatten().tolist()) for t in self.compute(weights, tensors)])
+            answers = self.compute(_on_the_host(weights, self.weights), _on_the_host(tensors, self.tensors))
+            values = tuple([(tuple(t.shape), *t.flatten().tolist()) for t in answers])
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -66,6 +70,14 @@ class Guard:
         last = [(weakref.ref(tensor), version) for tensor, version in zip(read, versions, strict=True)], values
         self._known = [last, *self._known[: MAX_PROMPTS - 1]]
         return values
+
+
+def _on_the_host(tensors: list[torch.Tensor], places: list[int]) -> list[torch.Tensor]:
+    """A list of tensors with those at `places` on the host."""
+    moved = list(tensors)
+    for place in places:
+        moved[place] = tensors[place].cpu()
+    return moved
 
 
 # Of the weight list and a call's tensors; and the places in these of those that it reads.
@@ -76,17 +88,17 @@ Function = tuple[Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.T
 class Sizes:
     """What Python asked of sizes while a call was traced, and was told."""
 
-    # Makes a function of tensors without memory; only where it is wanted, since that takes a tenth of a trace's time.
-    make: Callable[[], Function]
     answers: list[Any]
-    cheap: bool  # to ask: it takes few operators
-
-    @functools.cached_property
-    def _made(self) -> Function:
-        return self.make()
+    # Makes a function of tensors without memory; only where it is wanted, since that takes a tenth of a trace's time.
+    make: Callable[[], Function] | None  # None where it is not worth it
+    _made: Function | None = None
 
     def fit(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
         """Whether Python is told the same at the shapes of another call; None where it takes more than sizes to tell."""
+        if self.make is not None:
+            self._made, self.make = self.make(), None  # what it was made of goes
+        if self._made is None:
+            return None
         compute, *places = self._made
         own, given = [list(x) for x in (weights, tensors)]
         for known, read in zip((own, given), places, strict=True):

@@ -227,7 +227,8 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
             if recording is not None:
                 structure = recording.in_arguments(structure)
                 stack.enter_context(recording.in_attributes(state.containers()))
-            made = trace(component.eager, state.own, structure, call.tensors, fusions, merge, recording, keep_sizes)
+            options = recording, keep_sizes, config.verify
+            made = trace(component.eager, state.own, structure, call.tensors, fusions, merge, *options)
         if recording is not None:
             recording.check()
             if not config.verify and not _follows_numbers(component, call, made, recording):
@@ -264,7 +265,7 @@ def _follows_numbers(component: Component, call: Call, made: Trace, recording: R
 def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
     """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
     known = [traced for traced in _of_the_same_answers(component, call) if isinstance(traced, Trace)]
-    fit = {traced: traced.fits(component.state.weights, call.tensors, component.config.verify) for traced in known}
+    fit = {traced: traced.fits(component.state.weights, call.tensors) for traced in known}
     return [traced for traced in known if fit[traced] or (fit[traced] is None and component.config.verify)]
 
 

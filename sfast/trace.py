@@ -29,7 +29,7 @@ from sfast.recording import Recording
 from sfast.structure import flatten, unflatten
 from sfast.tracing_mode import TracingMode
 from sfast.upload import mark_uploads
-from sfast.writes import outputs_of, read_by, written_values
+from sfast.writes import blocks_of, outputs_of, read_by, written_values
 
 FEW = 512  # values that tell what sizes decide; they take about as many calls of PyTorch at each new shape
 
@@ -56,13 +56,8 @@ class Trace:
         """The flat output tensors, computed operator by operator on the current stream, without gradients."""
         return self._finish(_interpret(self.function, [*[weights[i] for i in self.used_weights], *tensors]))
 
-    def fits(self, weights: list[torch.Tensor], tensors: list[torch.Tensor], checked: bool = False) -> bool | None:
-        """Whether Python goes the traced way at the shapes of a call, as far as sizes decide that; None if nobody knows.
-
-        Where the result is `checked` anyway, nothing is asked that would take as long as the call itself.
-        """
-        if self.sizes is not None and checked and not self.sizes.cheap:
-            return None
+    def fits(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool | None:
+        """Whether Python goes the traced way at the shapes of a call, as far as sizes decide that; None if nobody knows."""
         return self.sizes is None or self.sizes.fit(weights, tensors)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
@@ -149,6 +144,7 @@ def trace(
     merge: bool = False,
     recording: Recording | None = None,
     keep_sizes: bool = True,
+    checked: bool = False,
 ) -> Trace:
     """Trace `forward` at one call and fuse its graph.
 
@@ -160,6 +156,8 @@ def trace(
         merge: whether to merge linear layers that read the same tensor.
         recording: of the numbers that stand for the values in the last of `tensors`.
         keep_sizes: whether what Python makes of sizes may stay what the graph computes.
+        checked: whether each new shape is compared with eager: then nothing that would take as long as the call is kept
+            for telling whether Python goes the same way there.
 
     Raises:
         Untraceable: the module calls an operator that takes Python functions of elements.
@@ -182,7 +180,7 @@ def trace(
         by_values = range(own, own + len(reads.values))
         by_sizes = range(by_values.stop, by_values.stop + len(reads.sizes))
         guard = _guard(_only(graph, by_values), reads, len(weights)) if by_values else None
-        sizes = _sizes(graph, by_sizes, reads, len(weights)) if by_sizes else None
+        sizes = _sizes(graph, by_sizes, reads, len(weights), checked) if by_sizes else None
         for place in reversed((*by_values, *by_sizes)):
             graph.eraseOutput(place)
         mark_uploads(graph, len(weights))
@@ -190,9 +188,26 @@ def trace(
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
+        _drop_sources(graph)
         function = _callable(graph.copy())
+        graph = graph.copy()  # in one piece: between the nodes of the other one there is what tracing has left
     kept = record.output, record.contiguous, fired, packs, record.changes
     return Trace(graph, function, used, *kept, guard=guard, sizes=sizes)
+
+
+def _drop_sources(graph: Any) -> None:
+    """Let go of Python's stack, which each node carries as a text of its own: nobody is shown it."""
+    blank = graph.create("prim::Constant", [], 1)
+    for node in _all_nodes(graph):
+        node.copyMetadata(blank)
+    blank.destroy()
+
+
+def _all_nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in blocks_of(node):
+            yield from _all_nodes(inner)
 
 
 # What another way of tracing would not change.
@@ -244,17 +259,16 @@ def _record(
 
 
 def _only(graph: Any, places: range, of_sizes: bool = False) -> Any:
-    """A graph that computes some results of another one, and nothing else."""
+    """A graph that computes some results of another one, and little else."""
     part = graph.copy()
     if of_sizes:
         _drop_writes(part)
     for place in reversed(range(len(list(graph.outputs())))):
         if place not in places:
             part.eraseOutput(place)
-    _keep_only_results(part)
+    torch._C._jit_pass_dce(part)
     torch._C._jit_pass_erase_shape_information(part)
-    torch._C._jit_pass_cse(part)
-    return torch._C._jit_pass_canonicalize(part)
+    return part
 
 
 def _drop_writes(graph: Any) -> None:
@@ -273,23 +287,31 @@ _WRITES = frozenset(
 
 def _guard(asked: Any, reads: Reads, count: int) -> Guard:
     """What Python asked for of the values of tensors, as a function of their own."""
+    asked = _simplified(asked)
     text = str(asked)
+    _to_device(asked, "cpu")
     function, weights, tensors = _function_of_few(asked, count)
     numbers = any(value.is_floating_point() for value in reads.values)
     return Guard(function, weights, tensors, text, reads.where, numbers)
 
 
-def _sizes(graph: Any, places: range, reads: Reads, count: int) -> Sizes:
+def _sizes(graph: Any, places: range, reads: Reads, count: int, checked: bool) -> Sizes:
     """What Python asked for of sizes, as a function of tensors without memory: nothing is computed but sizes."""
-    whole = graph.copy()
+    answers = [size.tolist() for size in reads.sizes]
+    if checked and not _takes_few(graph, places):
+        return Sizes(answers, None)
+    asked = _only(graph, places, of_sizes=True)
+    torch._C._jit_pass_constant_pooling(asked)
+    _drop_sources(asked)
 
     def make() -> Function:
         with _tracing_lock, _quiet():
-            asked = _only(whole, places, of_sizes=True)
-            _to_meta(asked)
-            return _function_of_few(asked, count)
+            simplified = _simplified(asked)
+            _to_device(simplified, "meta")
+            _without_backends(simplified)
+            return _function_of_few(simplified, count)
 
-    return Sizes(make, [size.tolist() for size in reads.sizes], _takes_few(graph, places))
+    return Sizes(answers, make)
 
 
 def _takes_few(graph: Any, places: range) -> bool:
@@ -317,17 +339,19 @@ def _function_of_few(graph: Any, count: int) -> Function:
     return compute, weights, [i - count for i in read if i >= count]
 
 
-def _to_meta(graph: Any) -> None:
-    """Let a graph make its tensors on the device that has no memory; numbers stay where they are."""
+def _to_device(graph: Any, device: str) -> None:
+    """Let a graph make its tensors on another device; on the one without memory, single numbers stay where they are."""
     for node in graph.findAllNodes("prim::Constant"):
         kind = node.output().type().kind()
         if kind == "DeviceObjType":
-            node.s_("value", "meta")
-        elif kind == "TensorType" and node.t("value").dim():
-            node.t_("value", node.t("value").to("meta"))
-    for node in graph.findAllNodes(
-        "aten::_convolution"
-    ):  # which looks for a backend first, and finds none for such tensors
+            node.s_("value", device)
+        elif kind == "TensorType" and (node.t("value").dim() or device != "meta"):
+            node.t_("value", node.t("value").to(device))
+
+
+def _without_backends(graph: Any) -> None:
+    """Let convolutions not look for a backend, of which there is none for tensors without memory."""
+    for node in graph.findAllNodes("aten::_convolution"):
         plain = graph.create("aten::convolution", list(node.inputs())[:9], 1)
         plain.insertBefore(node)
         plain.output().setType(node.output().type())
@@ -335,9 +359,15 @@ def _to_meta(graph: Any) -> None:
         node.destroy()
 
 
+def _simplified(graph: Any) -> Any:
+    """The same graph without what its results do not need, each thing computed once, in names that do not tell two apart."""
+    _keep_only_results(graph)
+    torch._C._jit_pass_cse(graph)
+    return torch._C._jit_pass_canonicalize(graph)
+
+
 def _keep_only_results(graph: Any) -> None:
     """Remove what the results do not need, also where it writes to tensors that they have no part in."""
-    torch._C._jit_pass_dce(graph)
     needed: set[int] = set()
     pending = list(graph.outputs())
     while pending:

@@ -208,3 +208,19 @@ def test_a_call_that_returns_finds_its_trace_though_more_is_asked_by_now() -> No
         for mask in (*masks, *masks, masks[0].clone()):
             torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
     assert (sfast.report(model).traces, sfast.report(model).fallbacks) == (2, [])
+
+
+def test_a_question_that_makes_no_sense_on_another_way(device: str) -> None:
+    """Its index is out of bounds there: an exception on the host, but on a GPU the end of the process."""
+    rows = torch.tensor([0.0, 2.0], device=device)
+
+    def decide(y: Tensor, mask: Tensor) -> Tensor:
+        if bool(mask.max() > 1):
+            return y + 1
+        return y * 2 if bool(rows[mask].sum() > 1) else y * 3
+
+    model = _compiled(decide).to(device)
+    for values in ([0, 1], [7, 9], [0, 0], [1, 1], [5, 0], [0, 0]):
+        x, mask = torch.randn(2, 3, device=device), torch.tensor(values, device=device)
+        torch.testing.assert_close(model(x, mask), _expected(model, x, mask))
+    assert len({id(traced) for known in component_of(model).traces.values() for traced in known}) == 3
