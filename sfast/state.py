@@ -54,7 +54,8 @@ class ModuleState:
         self._unrest = 0  # how often the forward itself made a new version, or others changed what it read
         self._restless: Hashable = None  # the code that changes what it reads at every call
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
-        self._settings: dict[Hashable, int] = {}  # short names for settings of all other attributes
+        self._usual: dict[str, Hashable] = {}  # all attributes, as they were when this version began
+        self._settings: dict[Hashable, int] = {}  # short names for settings of those that are not its own
         self._next_name = itertools.count()
         self._attributes = 0
         self._layout: Hashable = None
@@ -253,8 +254,9 @@ class ModuleState:
         self._attributes = self._name_of(self._setting(tree), name)
 
     def _setting(self, tree: Tree, without: frozenset[str] = frozenset()) -> Hashable:
-        skipped = self._own | without
-        return without, frozenset(item for item in tree.attributes.items() if item[0] not in skipped)
+        """What tells the settings of one version apart: where they differ from the usual one, since attributes are many."""
+        different = [item for item in tree.attributes.items() ^ self._usual.items() if item[0] not in without]
+        return without, len(self._own), frozenset([item for item in different if item[0] not in self._own])
 
     def _name_of(self, setting: Hashable, name: int | None) -> int:
         known = self._settings.pop(setting, None)
@@ -273,6 +275,8 @@ class ModuleState:
         if layout != self._layout:
             self.version += 1
             self._layout = layout
+            self._usual = tree.attributes
+            self._settings = {self._setting(tree): self._attributes}  # no others are asked for again
 
     def _layout_of_code(self, tree: Tree) -> tuple[Hashable, ...]:
         return tuple(map(id, tree.modules)), tuple(tree.types), tuple(map(id, tree.processors)), tuple(tree.code)
