@@ -17,15 +17,20 @@ import torch
 
 from sfast.tree import Tree
 
-_running: weakref.WeakSet[Trial] = weakref.WeakSet()
+_running: tuple[weakref.ref[Trial], ...] = ()  # replaced, never changed: others walk through it without the lock
 _lock = threading.Lock()
-_assign: Any = torch.nn.Module.__setattr__  # whatever it is while no trial runs
+_assign: Any = None  # `Module.__setattr__` before the first trial that runs
+_assign_and_tell: Any = None  # and meanwhile
 
 
-def _assign_and_tell(module: torch.nn.Module, name: str, value: Any) -> None:
-    for trial in list(_running):
-        trial.saw(module, name)
-    _assign(module, name, value)
+def _telling(assign: Any) -> Any:
+    def assign_and_tell(module: torch.nn.Module, name: str, value: Any) -> None:
+        for ref in _running:
+            if (trial := ref()) is not None:
+                trial.saw(module, name)
+        assign(module, name, value)
+
+    return assign_and_tell
 
 
 class Trial:
@@ -42,18 +47,19 @@ class Trial:
 
     def __enter__(self) -> Trial:
         self.alone = _is_alone()
-        global _assign
+        global _assign, _assign_and_tell, _running
         with _lock:
-            if not _running:
+            if torch.nn.Module.__setattr__ is not _assign_and_tell:
                 _assign = torch.nn.Module.__setattr__
-                torch.nn.Module.__setattr__ = _assign_and_tell
-            _running.add(self)
+                torch.nn.Module.__setattr__ = _assign_and_tell = _telling(_assign)
+            _running = *_running, weakref.ref(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        global _running
         with _lock:
-            _running.discard(self)
-            if not _running:
+            _running = tuple([ref for ref in _running if ref() not in (None, self)])
+            if not _running and torch.nn.Module.__setattr__ is _assign_and_tell:  # else: somebody has wrapped it
                 torch.nn.Module.__setattr__ = _assign
         self.alone = self.alone and _is_alone()
 

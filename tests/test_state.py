@@ -1,7 +1,11 @@
 """A module's state notices every exchange, and only a change of the computation makes a new version."""
 
+import contextlib
+import sys
+import threading
 import types
 
+import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -203,3 +207,45 @@ def test_what_a_trial_takes_back_is_all_that_it_touches() -> None:
     trial.undo()
     assert not hasattr(module[1], "factor") and len(module[1].names) == 20
     assert (module[1].log, module[1].cache) == ([], {})
+
+
+def test_who_assigns_while_trials_begin_and_end_is_not_disturbed() -> None:
+    (_, state), other, errors, done = _state(), nn.Linear(1, 1), [], threading.Event()
+    before, switching = nn.Module.__setattr__, sys.getswitchinterval()
+
+    def assign() -> None:
+        try:
+            while not done.is_set():
+                other.factor = 1
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=assign)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(500):
+            with contextlib.ExitStack() as running:
+                for _ in range(10):
+                    running.enter_context(state.trial())
+    finally:
+        sys.setswitchinterval(switching)
+        done.set()
+        thread.join()
+    assert errors == [] and nn.Module.__setattr__ is before
+
+
+def test_who_wraps_assignments_during_a_trial_keeps_his_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, state = _state()
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        with state.trial():
+            assign = nn.Module.__setattr__
+            patch.setattr(nn.Module, "__setattr__", lambda self, *item: (seen.append(item[0]), assign(self, *item)))
+        for name in ("one", "two"):
+            with state.trial() as trial:
+                setattr(module, name, 1)
+            trial.undo()
+            assert not hasattr(module, name)
+        module.three = 1
+    assert seen == ["one", "two", "three"] and module.three == 1
