@@ -58,10 +58,13 @@ def takes(
         return False
     (N, C, H, W), (R, S) = x.shape, weight.shape[2:]
     depthwise = weight.shape[:2] == (C, 1) and groups == C and C > 1
-    fits = x.numel() > 0 and C * H * W < 2**31 and N <= 65535 and R * S > 1 and len(padding) == len(stride) == 2
+    if not (depthwise and x.numel() > 0 and R * S > 1 and len(padding) == len(stride) == 2):
+        return False
+    P, Q = _size(x, weight, stride, padding, dilation)
+    fits = min(P, Q) > 0 and C * max(H * W, P * Q) < 2**31 and N * P * Q * triton.cdiv(C, CHANNELS) < 2**31
     alike = all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in (weight, bias))
     dense = x.is_contiguous(memory_format=torch.channels_last) and (bias is None or bias.is_contiguous())
-    return depthwise and fits and alike and dense and min(_size(x, weight, stride, padding, dilation)) > 0
+    return fits and alike and dense
 
 
 def _size(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> tuple[int, int]:
@@ -92,17 +95,26 @@ def convolve(
     )  # [R S, C]: a few percent of x, and a program then reads them side by side
     shape = {"GATES": gates, "BIASED": bias is not None, "CHANNELS": CHANNELS, **launch_options(x.device)}
     operands = x, taps, taps if bias is None else bias, out
-    blocks = triton.cdiv(out_channels, CHANNELS)
+    tiles = N * triton.cdiv(out_channels, CHANNELS)  # all along the one axis of a grid that may be longer than 65535
     if (R, S) == (3, 3) and stride == dilation == [1, 1]:
         strips, rows = triton.cdiv(Q, STRIP), min(P, ROWS)
-        _depthwise_walk[blocks, strips * triton.cdiv(P, rows), N](
+        _depthwise_walk[(tiles * strips * triton.cdiv(P, rows),)](
             *operands, H, W, P, Q, C, strips, rows, *padding, STRIP=STRIP, **shape, num_warps=4
         )
     else:
-        _depthwise_taps[blocks, triton.cdiv(P * Q, PIXELS), N](
+        _depthwise_taps[(tiles * triton.cdiv(P * Q, PIXELS),)](
             *operands, H, W, P, Q, C, R, S, *stride, *padding, *dilation, PIXELS=PIXELS, **shape, num_warps=4
         )
     return out
+
+
+@triton.jit
+def _place(pieces: tl.tensor, channels: tl.tensor, CHANNELS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A program's sample, which of the pieces of that, and channels: those first, which share its cache lines."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    rest = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return (rest // pieces).to(tl.int64), rest % pieces, c
 
 
 @triton.jit(do_not_specialize=["H", "W", "P", "Q", "strips", "rows", "padding_h", "padding_w"])
@@ -127,11 +139,10 @@ def _depthwise_walk(
     OVERLAP: tl.constexpr,
 ) -> None:
     """`rows` rows of STRIP pixels of out [N, P, Q, C or C / 2]: 3x3 filters, a stride of one. A gate's names end with _g."""
-    n = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     own = C // 2 if GATES else C
+    n, piece, c = _place(strips * tl.cdiv(P, rows), own, CHANNELS)
     known = c < own
-    left, top = tl.program_id(1) % strips * STRIP, tl.program_id(1) // strips * rows
+    left, top = piece % strips * STRIP, piece // strips * rows
     q = left + tl.arange(0, STRIP)
     source, to = x + n * H * W * C + c[None, :], out + n * P * Q * own + c[None, :]
 
@@ -201,10 +212,9 @@ def _depthwise_taps(
     OVERLAP: tl.constexpr,
 ) -> None:
     """PIXELS pixels of out [N, P, Q, C or C / 2], of any filter."""
-    n = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     own = C // 2 if GATES else C
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    n, piece, c = _place(tl.cdiv(P * Q, PIXELS), own, CHANNELS)
+    pixel = piece * PIXELS + tl.arange(0, PIXELS)
     known, live = c < own, (pixel < P * Q)[:, None] & (c < own)[None, :]
     source = x + n * H * W * C + c[None, :]
 
@@ -229,16 +239,8 @@ def _depthwise_taps(
     tl.store(out + (n * P * Q + pixel[:, None]) * own + c[None, :], y.to(out.dtype.element_ty), mask=live)
 
 
-def _gated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    operands = x, weight, bias, stride, padding, dilation, groups
+def _gated(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    operands = x, weight, bias, *geometry
     question, layer = ask("gated convolution", *operands)
     return choice.fastest(question, {"apart": _apart, "in one": partial(convolve, gates=True)}, *operands, layer=layer)
 

@@ -11,6 +11,8 @@ from the left and the right neighbour is brought there by shifting the products,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,30 +41,13 @@ def conv2d_few_reference(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def takes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> bool:
-    """Whether one of the kernels can compute these, and faster than others do."""
-    operands = x, weight, bias, stride, padding, dilation, groups
-    return few_in_takes(*operands) or few_out_takes(*operands)
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> bool:
+    """Whether one of the kernels can compute conv2d of these, and faster than others do."""
+    return few_in_takes(x, weight, bias, *geometry) or few_out_takes(x, weight, bias, *geometry)
 
 
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    return few_in(x, weight, bias, stride, padding) if x.shape[1] <= FEW else few_out(x, weight, bias)
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return few_in(x, weight, bias, *geometry[:2]) if x.shape[1] <= FEW else few_out(x, weight, bias)
 
 
 def few_in_takes(
@@ -112,11 +97,12 @@ def few_out_takes(
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
-    fits = x.numel() > 0 and x.shape[1] == weight.shape[1] and groups == 1 and x.numel() // x.shape[0] < 2**31
+    fits = 0 < x.numel() < x.shape[0] * 2**31 and x.shape[1] == weight.shape[1] and groups == 1
     half = x.dtype in (torch.float16, torch.bfloat16)  # products of fp32 would be rounded to TF32
     new = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)  # before, no tensor cores
     alike = all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in (weight, bias))
-    return fits and half and new and alike and (bias is None or bias.is_contiguous()) and triton_takes(x)
+    launchable = x.shape[0] <= 65535  # samples are an axis of the grid
+    return fits and launchable and half and new and alike and (bias is None or bias.is_contiguous()) and triton_takes(x)
 
 
 def few_in(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:

@@ -63,6 +63,33 @@ def test_several_strips_and_pieces(device, runs_kernel, monkeypatch) -> None:
     assert_close_to_fp64(result, conv2d_depthwise.conv2d_silu_gate_reference, *inputs)
 
 
+@pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[3]], ids=str)
+def test_a_photograph_has_more_pieces_than_a_second_axis_of_a_grid(geometry, device, runs_kernel, monkeypatch) -> None:
+    if not runs_kernel:
+        return
+    size, stride, padding, dilation = geometry
+    x = torch.randn(1, 2, 3100, 3100).to(device, torch.float16, memory_format=torch.channels_last)
+    weight = torch.randn(2, 1, *size).to(x)
+    inputs = x, weight, None, stride, padding, dilation, 2
+    assert conv2d_depthwise.takes(*inputs)
+    if device.type == "cuda":
+        result = conv2d_depthwise.convolve(*inputs)
+        expected = torch.nn.functional.conv2d(x.float(), weight.float(), None, *inputs[3:])
+        torch.testing.assert_close(result.float(), expected, rtol=2e-3, atol=2e-3)
+        return
+    grids: list[tuple[int, ...]] = []  # the interpreter would take minutes
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    for kernel in ("_depthwise_walk", "_depthwise_taps"):
+        monkeypatch.setattr(conv2d_depthwise, kernel, Launched())
+    conv2d_depthwise.convolve(*inputs)
+    assert [len(grid) for grid in grids] == [1] and 65535 < grids[0][0] < 2**31
+
+
 @pytest.fixture
 def asked(monkeypatch) -> list[list[str]]:
     """The ways among which is chosen; all of them run, and agree."""
