@@ -44,6 +44,8 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
         plan = component.plans.get(call.key)
         if plan is not None and plan.call is not None:
             return _confirm(component, call, plan, check)
+        if not given.variant.checks and _whatever_its_numbers(call) in component.plans:
+            return EAGER if check is None else check.give_back()
     _make_room_for_a_plan(component)
     device = component.state.device
     before = component.plans.pop(call.key, None)
@@ -56,7 +58,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
     if component.state.key() != call.exact[2]:
         return prepare(component, component.look_again(call), check)  # eager has filled a cache
     if check is not None and check.refused is not None:
-        return _give_up(component, call, call.key, check.refused, check)
+        return _refuse(component, call, check)
     if check is not None and check.disturbed():
         return _try_again(component, call, check)
 
@@ -93,7 +95,8 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
         except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
             component.decide(call)
-            return _give_up(component, call, call.signature, str(exception), check)
+            key = call.signature if call.given is None else _whatever_its_numbers(call)
+            return _give_up(component, call, key, str(exception), check)
         except Exception as exception:
             fallback.let_through(exception)
             failure = fallback.reason(exception)
@@ -148,28 +151,43 @@ def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check |
         component.numbers.keep(call.exact, call.given)
         return component.run(plan, call)
     check = check or _check(component, call)
-    if check.refused is None:
-        try:
-            check.rewind()
-            outputs = launch.run(component, plan, call.tensors)
-            error = check.error(plan.call, outputs)
-        except Exception as exception:
-            fallback.let_through(exception)
-            error = fallback.reason(exception)
-            if fallback.is_out_of_memory(exception):  # which says nothing about numbers
-                make_room(component.state.device)
-                component.note(f"ran eager at {describe_shapes(call.tensors)}, until there is more memory: {error}")
-                return check.give_back()
-        if check.disturbed():
-            return _try_again(component, call, check)
-        if error is None:
-            call.given.variant.checks += 1
-            component.numbers.keep(call.exact, call.given)
-            check.finish()
-            return plan.call.unflatten(outputs)
-        fallback.logger.debug("%s: its numbers are no inputs: %s", component.name, error)
+    if check.refused is not None:
+        return _refuse(component, call, check)
+    try:
+        check.rewind()
+        outputs = launch.run(component, plan, call.tensors)
+        error = check.error(plan.call, outputs)
+    except Exception as exception:
+        fallback.let_through(exception)
+        error = fallback.reason(exception)
+        if fallback.is_out_of_memory(exception):  # which says nothing about numbers
+            make_room(component.state.device)
+            component.note(f"ran eager at {describe_shapes(call.tensors)}, until there is more memory: {error}")
+            return check.give_back()
+    if check.disturbed():
+        return _try_again(component, call, check)
+    if error is None:
+        call.given.variant.checks += 1
+        component.numbers.keep(call.exact, call.given)
+        check.finish()
+        return plan.call.unflatten(outputs)
+    fallback.logger.debug("%s: its numbers are no inputs: %s", component.name, error)
     component.numbers.pin(call.given)
     return _without_numbers(component, call, check)
+
+
+def _refuse(component: Component, call: Call, check: verify.Check) -> Any:
+    """Eager's call did what no trace may do: with these numbers, whatever others lead to, this shape runs eager."""
+    assert check.refused is not None
+    component.give(call, None)
+    _make_room_for_a_plan(component)
+    return _give_up(component, call, call.key, check.refused, check)
+
+
+def _whatever_its_numbers(call: Call) -> Hashable:
+    """A call's signature but for the numbers that are inputs, and for what Python decides by them."""
+    assert call.given is not None
+    return call.given.structure[0], call.exact[1], call.given.key, call.exact[3]  # type: ignore[index]
 
 
 def _without_numbers(component: Component, call: Call, check: verify.Check | None) -> Any:
