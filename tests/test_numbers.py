@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import queue
+import random
 import threading
 from collections.abc import Callable
 from math import exp
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sfast
-from sfast import CompilationConfig, verify
+from sfast import CompilationConfig, prepare, verify
 from sfast.numbers import CHECKS
 from sfast.recording import Number, Recording
 from tests.graphs import Pool, pool
@@ -239,6 +241,47 @@ def test_a_number_of_another_thread_is_as_it_was() -> None:
     assert {(3.0, 2.5, True, 1.5, True), (1.5, 1.5)} <= set(found)
     assert all(some in ((1.0, 1.0), (1.5, 1.5), (2.0, 2.0)) for some in found if len(some) == 2)
     assert sfast.report(compiled).traces == 2
+
+
+def test_a_call_that_must_not_be_compiled_says_nothing_about_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(x: Tensor, scale: float) -> Tensor:
+        return x * scale * (random.random() if "NOISE" in os.environ else 1.0)
+
+    eager, compiled = pair(use)
+    x = torch.randn(3, 6)
+
+    def check(*scales: float) -> None:
+        for scale in scales:
+            random.seed(0)
+            result = compiled(x, scale)
+            random.seed(0)
+            torch.testing.assert_close(result, eager(x, scale))
+
+    check(0.7, 0.2)
+    monkeypatch.setenv("NOISE", "")
+    check(0.9)
+    monkeypatch.delenv("NOISE")
+    check(0.9, 1.3, -0.4, 0.9)
+    report = sfast.report(compiled)
+    assert report.traces == 2 and [why for _, why in report.fallbacks] == [
+        "runs eager: it draws random numbers in Python"
+    ]
+
+
+def test_what_cannot_be_traced_is_not_tried_again_for_each_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(x: Tensor, scale: float) -> Tensor:
+        return (x + 1 if x.sum() > 0 and scale > 0.5 else x) * scale
+
+    tried: list[None] = []
+    trace = prepare.trace
+    monkeypatch.setattr(prepare, "trace", lambda *call: (tried.append(None), trace(*call))[1])
+    eager, compiled = pair(use)
+    x = torch.randn(3, 6).abs()
+    eager.linear.weight.abs_(), compiled.linear.weight.abs_()
+    eager.linear.bias.abs_(), compiled.linear.bias.abs_()
+    for scale in MANY:
+        torch.testing.assert_close(compiled(x, scale), eager(x, scale))
+    assert len(tried) == 2 and sfast.report(compiled).traces == 0 and len(sfast.report(compiled).fallbacks) == 1
 
 
 # Pipelines.
