@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfast import adapter_weights
 from sfast.adapter_weights import Adapted, CannotMerge, MergedWeight
+from sfast.backoff import Backoff
 from sfast.checksums import Checksums
-from sfast.cuda_graph import Backoff, GraphPool, can_capture, pool_of
+from sfast.cuda_graph import GraphPool, can_capture, pool_of
 from sfast.fallback import is_out_of_memory, let_through
 from sfast.gc_pause import gc_paused
 from sfast.placement import owned_alone

@@ -10,16 +10,16 @@ what lost its graph runs without one until more memory is free.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sfast.fallback import is_out_of_memory, logger, note, timed
+from sfast.gc_pause import gc_paused
 from sfast.kernels.precompile import rehearse
 from sfast.upload import Uploads
 
@@ -27,7 +27,6 @@ Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 _pools: dict[torch.device, GraphPool] = {}
 _pools_lock = threading.Lock()
-
 
 SHARE = 4  # graphs may hold a quarter of the memory that is free or theirs, unless the user says how much
 
@@ -194,7 +193,7 @@ class GraphPool:
             if lean:
                 torch.cuda.empty_cache()  # what warming up needed, the capture needs again in its own pool
             free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-            with _no_garbage_collection(), timed("  capturing"):
+            with gc_paused(), timed("  capturing"):  # nobody's graphs and events are destroyed in the middle of it
                 graph.capture_begin(pool=self.handle, capture_error_mode="thread_local")
                 try:
                     runner.outputs = runner.uploads.capture(function, runner.inputs)
@@ -311,7 +310,7 @@ class GraphPool:
 
     def _segments(self) -> list[dict[str, Any]]:
         """The blocks of memory that graphs were captured in."""
-        pools = {self.handle, *[runner.handle for runner in self._runners]}
+        pools = {self.handle, *[runner.handle for runner in self.runners()]}
         found = [s for pool in pools for s in torch.cuda.memory_snapshot(pool)]
         return [s for s in found if tuple(s.get("segment_pool_id", ())) in pools]
 
@@ -333,44 +332,6 @@ class GraphPool:
         torch.cuda.empty_cache()
 
 
-class Backoff:
-    """When to try again what there was no memory for: when more of it is free, ever more rarely, and not for ever."""
-
-    TRIES = 5
-    LONGEST = 1024  # calls between two looks
-    MORE = 1.05  # times as much free memory as when it did not suffice
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self._looks = 0
-        self._calls = 0  # until the next look
-        self._free = 0
-
-    def failed(self, pool: GraphPool | None, free: int | None = None) -> None:
-        """It did not suffice, with so many bytes free, or with as many as now."""
-        self.failures += 1
-        self._free = free if free is not None else 0 if pool is None else pool.free()
-        self._calls = 0 if self.failures == 1 else self._longer()
-
-    def may_retry(self, pool: GraphPool | None) -> bool:
-        """Whether this call should try; asked at each that could."""
-        if self.failures == 0:
-            return True
-        if self.failures >= self.TRIES:
-            return False
-        self._calls -= 1
-        if self._calls >= 0:
-            return False
-        if pool is None or pool.free() > self.MORE * self._free:
-            return True
-        self._calls = self._longer()
-        return False
-
-    def _longer(self) -> int:
-        self._looks += 1
-        return min(8 * 2**self._looks, self.LONGEST)
-
-
 def copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:
     """Copy each tensor; many at once (a ControlNet's results, say) with one kernel for each dtype."""
     if len(tensors) <= 2:
@@ -384,15 +345,3 @@ def copy(tensors: list[torch.Tensor], into: list[torch.Tensor]) -> None:
         targets.append(target)
     for sources, targets in groups.values():
         torch._foreach_copy_(targets, sources, non_blocking=True)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Nobody's graphs and events are destroyed in the middle of a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

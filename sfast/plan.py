@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from sfast.backoff import Backoff
 from sfast.containers import Changes, Contents, repeat
-from sfast.cuda_graph import Backoff, GraphPool, GraphRunner
+from sfast.cuda_graph import GraphPool, GraphRunner
 from sfast.loop import Loop, Watch
 from sfast.numbers import Given
 from sfast.recording import Recording

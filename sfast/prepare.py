@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfast import fallback, launch, native, verify
+from sfast.backoff import Backoff
 from sfast.containers import ChangesContainers
-from sfast.cuda_graph import Backoff, can_capture, make_room, pool_of
+from sfast.cuda_graph import can_capture, make_room, pool_of
 from sfast.decisions import Untraceable
 from sfast.kernels import nearby
 from sfast.loop import Watch

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig
-from sfast.cuda_graph import Backoff, make_room
+from sfast.backoff import Backoff
+from sfast.cuda_graph import make_room
 from sfast.trace import Trace
 from tests.faults import HOISTING, TEXT_TO_IMAGE, Kernel, Net, Said, agree, data, draw, draws, net, pipe, right, said
 from tests.graphs import CPU, OUT_OF_MEMORY, Pool, pool
