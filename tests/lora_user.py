@@ -207,6 +207,37 @@ def swap(adapters: dict[str, Any]) -> Change:
     return lambda pipe: sfast.swap_lora(pipe, adapters)
 
 
+def use_two(user: User, one: str, two: str, scale: dict[str, Any] | None = None, **options: Any) -> None:
+    """Whatever is done with two LoRAs shows, and is what eager draws; in the end everything is as it was.
+
+    `scale`: arguments of a call that weaken its adapters; `options`: with which the second file is loaded.
+    """
+    user.look()
+    pictures = [user.base]
+
+    def look(**call: Any) -> None:
+        pictures.append(user.check(**call))
+        assert user.tells(*pictures[-2:])
+
+    user.do(load(one, "one"))
+    look()
+    user.do(set_adapters("one", 0.5))
+    look()
+    if scale is not None:
+        look(**scale)
+    user.do(load(two, "two", **options), set_adapters(["one", "two"], [0.7, -0.4]))
+    look()
+    user.do(delete("one"))
+    look()
+    sfast.swap_lora(user.pipe, {two: 0.9}, **options)
+    user.done[:] = [load(two, "two", **options), set_adapters("two", 0.9)]
+    look()
+    sfast.swap_lora(user.pipe, {})
+    user.unload()
+    look()
+    assert torch.equal(pictures[-1], user.base)
+
+
 # Users that many tests share: each test leaves them as they were, or the next one gets another.
 
 Users = Callable[[str], User]

@@ -21,7 +21,7 @@ import sfast
 from sfast.component import component_of
 from sfast.loop import Loop
 from sfast.lora import SCALED_ARGUMENTS
-from tests.lora_user import STEPS, User, delete, load, own_fallbacks, owners, set_adapters, swap
+from tests.lora_user import STEPS, User, own_fallbacks, owners, use_two
 from tests.tiny import PROMPT, SIZE, Pipeline
 from tests.tiny_transformers import IMAGES
 from tests.twins import relative_error, traces
@@ -227,23 +227,30 @@ def at_each_step(pipe: Pipeline, function: Callable[[int], None]) -> dict[str, A
     return {"callback_on_step_end": ended}
 
 
-def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
-    on_gpu = user.twin.device == "cuda"
-    reading = Reading()
+def draw_and_read(user: User, reading: Reading, waits: bool) -> None:
+    """Draw as at first; where the pipeline itself does not wait for the GPU at each step, nobody else does."""
+    watched = user.twin.device == "cuda" and not waits
 
     def ended(step: int) -> None:
         reading.ended(step)
-        if on_gpu and user.name not in WAITING:
+        if watched:
             torch.cuda.set_sync_debug_mode("error" if step < STEPS - 2 else "default")
 
     try:
-        with reading:
+        with pytest.MonkeyPatch.context() as patch, reading:
+            patch.setattr("sfast.component.why_eager", lambda: None, raising=False)  # a mode that only looks on
             drawn = user.twin.draw(user.pipe, steps=STEPS, **at_each_step(user.pipe, ended))
     finally:
-        if on_gpu:
+        if watched:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(drawn, user.base)
     assert len(reading.steps) == STEPS + 1
+
+
+def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
+    reading = Reading()
+    draw_and_read(user, reading, waits=user.name in WAITING)
+    on_gpu = user.twin.device == "cuda"
     assert on_gpu or not any(reading.steps[1:-1]), reading.steps  # there timesteps are read on the host
 
 
@@ -286,29 +293,5 @@ def test_other_schedulers(user: User) -> None:
 @pytest.mark.parametrize("user", LORAS, indirect=True)
 def test_loras(user: User) -> None:
     one, two = (user.file(wanted, seed=seed) for seed, wanted in enumerate(LORAS[user.name]))
-    user.look()
-    pictures = [user.base]
-
-    def look() -> None:
-        pictures.append(user.check())
-        assert user.tells(*pictures[-2:])
-
-    user.do(load(one, "one"))
-    look()
-    user.do(set_adapters("one", 0.5))
-    look()
-    scale = {
-        name: {"scale": 0.6} for name in SCALED_ARGUMENTS if name in inspect.signature(user.pipe.__call__).parameters
-    }
-    assert len(scale) == 1 and user.tells(user.check(**scale), pictures[-1])
-    user.do(load(two, "two"), set_adapters(["one", "two"], [0.7, -0.4]))
-    look()
-    user.do(delete("one"))
-    look()
-    swap({two: 0.9})(user.pipe)
-    user.done[:] = [load(two, "two"), set_adapters("two", 0.9)]
-    look()
-    swap({})(user.pipe)
-    user.unload()
-    look()
-    assert torch.equal(pictures[-1], user.base)
+    (argument,) = [name for name in SCALED_ARGUMENTS if name in inspect.signature(user.pipe.__call__).parameters]
+    use_two(user, one, two, scale={argument: {"scale": 0.6}})

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-import sfast
 from sfast.component import component_of
 from sfast.known import Known
 from sfast.loop import Loop
 from sfast.override import MethodOverride
-from tests.lora_user import STEPS, User, delete, load, own_fallbacks, owners, set_adapters
-from tests.test_image_transformer_pipelines import Reading, at_each_step, check, draw
+from tests.lora_user import STEPS, User, own_fallbacks, owners, use_two
+from tests.test_image_transformer_pipelines import Reading, check, draw, draw_and_read
 from tests.tiny import PROMPT, SIZE, Pipeline, picture
 from tests.tiny_video import VIDEO
 from tests.twins import relative_error, traces
@@ -162,22 +161,9 @@ class Waits(Reading):
 
 
 def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
-    on_gpu = user.twin.device == "cuda" and not user.name.startswith(WAITING)
     assert isinstance(user.pipe.scheduler.step, MethodOverride)
     waits = Waits()
-
-    def ended(step: int) -> None:
-        waits.ended(step)
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("error" if step < STEPS - 2 else "default")
-
-    try:
-        with waits:
-            drawn = user.twin.draw(user.pipe, steps=STEPS, **at_each_step(user.pipe, ended))
-    finally:
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(drawn, user.base)
+    draw_and_read(user, waits, waits=user.name.startswith(WAITING))
     assert isinstance(user.pipe.scheduler.timesteps, Known)
     assert [len(step) for step in waits.steps[1:-1]] == [ON_HOST.get(user.name, 0)] * (STEPS - 1), waits.steps
 
@@ -199,26 +185,4 @@ def test_two_transformers_take_turns_within_a_loop(user: User) -> None:
 
 def test_loras(user: User) -> None:
     one, two = (user.file({"transformer": wanted}, seed=seed) for seed, wanted in enumerate(LORA))
-    low = {"load_into_transformer_2": True} if user.name == "wan22" else {}  # the second of two transformers
-    user.look()
-    pictures = [user.base]
-
-    def look() -> None:
-        pictures.append(user.check())
-        assert user.tells(*pictures[-2:])
-
-    user.do(load(one, "one"))
-    look()
-    user.do(set_adapters("one", 0.5))
-    look()
-    user.do(load(two, "two", **low), set_adapters(["one", "two"], [0.7, -0.4]))
-    look()
-    user.do(delete("one"))
-    look()
-    sfast.swap_lora(user.pipe, {two: 0.9}, **low)
-    user.done[:] = [load(two, "two", **low), set_adapters("two", 0.9)]
-    look()
-    sfast.swap_lora(user.pipe, {})
-    user.unload()
-    look()
-    assert torch.equal(pictures[-1], user.base)
+    use_two(user, one, two, **({"load_into_transformer_2": True} if user.name == "wan22" else {}))

@@ -25,26 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import Draw, randomise_constants
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "small",
-    "large",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "above",
-    "below",
-    "on",
-    "white",
-    "black",
-    "background",
-    "photo",
-    "of",
-]
+VOCABULARY = "a an the small large red blue green circle square above below on white black background photo of"
 PROMPT = "a small red circle above a large blue square"
 TOKENS = 16  # a prompt, padded
 WIDTH = 32  # of every text encoder and of cross-attention
@@ -66,7 +47,7 @@ def finished(module: nn.Module, seed: int = 0) -> nn.Module:
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A whole-word tokenizer."""
     special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unknown>"}
-    ids = {word: index for index, word in enumerate([*special.values(), *WORDS])}
+    ids = {word: index for index, word in enumerate([*special.values(), *VOCABULARY.split()])}
     words = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [(special[name], ids[special[name]]) for name in ("bos_token", "eos_token")]
@@ -93,17 +74,17 @@ def text_encoder(projection: bool = False, act: str = "quick_gelu", tokens: int 
     return finished(cls(config))
 
 
-def t5_encoder() -> nn.Module:
-    config = transformers.T5Config(
+def t5_encoder(width: int = WIDTH, kind: str = "T5") -> nn.Module:
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer()),
-        d_model=WIDTH,
+        d_model=width,
         d_kv=16,
         d_ff=2 * WIDTH,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    return finished(transformers.T5EncoderModel(config))
+    return finished(getattr(transformers, f"{kind}EncoderModel")(config))
 
 
 def image_encoder() -> nn.Module:
@@ -135,6 +116,10 @@ def vae(**changed: Any) -> AutoencoderKL:
         "force_upcast": False,
     }
     return finished(AutoencoderKL(**{**config, **changed}))
+
+
+def flux_vae() -> AutoencoderKL:
+    return vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False)
 
 
 _UNET: dict[str, Any] = {
@@ -256,54 +241,58 @@ def _video() -> Pipeline:
     )
 
 
-def _flux() -> Pipeline:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "axes_dims_rope": (4, 4, 8),
+    "guidance_embeds": True,
+}
+
+
+def flux(cls: type[Pipeline] = diffusers.FluxPipeline, shift: bool = True, **changed: Any) -> Pipeline:
+    more = {name: changed.pop(name) for name in ("controlnet",) if name in changed}
+    return cls(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shift),
+        vae=flux_vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
         text_encoder_2=t5_encoder(),
         tokenizer_2=tokenizer(),
-        transformer=finished(transformer),
+        transformer=finished(diffusers.FluxTransformer2DModel(**{**FLUX, **changed})),
+        **more,
     )
 
 
-def _sd3() -> Pipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=SIZE // 2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    )
+def sd3(encoders: int = 2, **changed: Any) -> Pipeline:
+    config: dict[str, Any] = {
+        "sample_size": SIZE // 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * WIDTH,
+        "caption_projection_dim": WIDTH,
+        "pooled_projection_dim": 2 * WIDTH,
+        "pos_embed_max_size": 24,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
+    }
     return diffusers.StableDiffusion3Pipeline(
-        transformer=finished(transformer),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=finished(diffusers.SD3Transformer2DModel(**{**config, **changed})),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=flux_vae(),
         text_encoder=text_encoder(projection=True),
         tokenizer=tokenizer(),
-        text_encoder_2=text_encoder(projection=True),
+        text_encoder_2=text_encoder(projection=True, act="gelu"),
         tokenizer_2=tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5_encoder(2 * WIDTH) if encoders == 3 else None,
+        tokenizer_3=tokenizer() if encoders == 3 else None,
     )
 
 
@@ -385,6 +374,6 @@ TINY: dict[str, Tiny] = {
     "sdxl-refiner": Tiny(_refiner, _image),
     "upscale": Tiny(_upscale, _low_resolution),
     "video": Tiny(_video, _frames, prompted=False),
-    "flux": Tiny(_flux, _of_size, denoiser="transformer"),
-    "sd3": Tiny(_sd3, _of_size, denoiser="transformer"),
+    "flux": Tiny(lambda: flux(shift=False, num_single_layers=2), _of_size, denoiser="transformer"),
+    "sd3": Tiny(sd3, _of_size, denoiser="transformer"),
 }

@@ -15,32 +15,23 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from tests.tiny import (
+    FLUX,
     SIZE,
     TOKENS,
     WIDTH,
     Pipeline,
     Tiny,
     finished,
+    flux,
+    flux_vae,
     picture,
-    text_encoder,
+    sd3,
+    t5_encoder,
     tokenizer,
     vae,
 )
 
 # Components.
-
-
-def t5_encoder(width: int = WIDTH, kind: str = "T5") -> nn.Module:
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer()),
-        d_model=width,
-        d_kv=16,
-        d_ff=2 * WIDTH,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    return finished(getattr(transformers, f"{kind}EncoderModel")(config))
 
 
 LANGUAGE: dict[str, Any] = {
@@ -76,10 +67,6 @@ def plain_tokenizer(chat: bool = False) -> transformers.PreTrainedTokenizerFast:
     return words
 
 
-def flux_vae() -> nn.Module:
-    return vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False)
-
-
 def deep_compression_vae() -> nn.Module:
     levels = {
         "block_types": ("ResBlock", "EfficientViTBlock"),
@@ -98,66 +85,11 @@ def deep_compression_vae() -> nn.Module:
     return finished(autoencoder)
 
 
-_FLUX: dict[str, Any] = {
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": WIDTH,
-    "pooled_projection_dim": WIDTH,
-    "axes_dims_rope": (4, 4, 8),
-    "guidance_embeds": True,
-}
-
-
 def flux_controlnet() -> nn.Module:
-    return finished(diffusers.FluxControlNetModel(**_FLUX), seed=1)
+    return finished(diffusers.FluxControlNetModel(**FLUX), seed=1)
 
 
 # Pipelines.
-
-
-def _flux(cls: type[Pipeline] = diffusers.FluxPipeline, shift: bool = True, **changed: Any) -> Pipeline:
-    more = {name: changed.pop(name) for name in ("controlnet",) if name in changed}
-    return cls(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shift),
-        vae=flux_vae(),
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer(),
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=tokenizer(),
-        transformer=finished(diffusers.FluxTransformer2DModel(**{**_FLUX, **changed})),
-        **more,
-    )
-
-
-def _sd35() -> Pipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=SIZE // 2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=24,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=finished(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=flux_vae(),
-        text_encoder=text_encoder(projection=True),
-        tokenizer=tokenizer(),
-        text_encoder_2=text_encoder(projection=True, act="gelu"),
-        tokenizer_2=tokenizer(),
-        text_encoder_3=t5_encoder(2 * WIDTH),
-        tokenizer_3=tokenizer(),
-    )
 
 
 def _pixart(cls: type[Pipeline], conditions: bool) -> Pipeline:
@@ -297,16 +229,16 @@ _AS_IT_IS = {"clean_caption": False, "use_resolution_binning": False}
 IMAGES: dict[str, Tiny] = {
     name: Tiny(make, inputs, denoiser="transformer")
     for name, make, inputs in (
-        ("flux-dev", _flux, _call()),
-        ("flux-schnell", lambda: _flux(shift=False, guidance_embeds=False), _call()),
-        ("flux-fill", lambda: _flux(diffusers.FluxFillPipeline, in_channels=48, out_channels=16), _fill),
-        ("flux-kontext", lambda: _flux(diffusers.FluxKontextPipeline), _kontext),
+        ("flux-dev", flux, _call()),
+        ("flux-schnell", lambda: flux(shift=False, guidance_embeds=False), _call()),
+        ("flux-fill", lambda: flux(diffusers.FluxFillPipeline, in_channels=48, out_channels=16), _fill),
+        ("flux-kontext", lambda: flux(diffusers.FluxKontextPipeline), _kontext),
         (
             "flux-controlnet",
-            lambda: _flux(diffusers.FluxControlNetPipeline, controlnet=flux_controlnet()),
+            lambda: flux(diffusers.FluxControlNetPipeline, controlnet=flux_controlnet()),
             _controlled,
         ),
-        ("sd35", _sd35, _call()),
+        ("sd35", lambda: sd3(encoders=3, num_layers=3), _call()),
         ("pixart-alpha", lambda: _pixart(diffusers.PixArtAlphaPipeline, True), _call(**_AS_IT_IS)),
         ("pixart-sigma", lambda: _pixart(diffusers.PixArtSigmaPipeline, False), _call(**_AS_IT_IS)),
         ("sana", _sana, _call(complex_human_instruction=None, **_AS_IT_IS)),
