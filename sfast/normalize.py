@@ -55,7 +55,8 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
             identity = constants[2:] in ([0, _WHOLE, 1], [None, None, 1])
         elif kind == "aten::to":  # (x, dtype, non_blocking, copy, memory_format) gives x itself where it has the dtype
             plain = len(inputs) == 5 and isinstance(constants[1], int) and constants[3:] == [False, None]
-            identity = plain and same_dtype is not None and same_dtype(node)
+            there = len(inputs) == 8 and constants[6:] == [False, None] and _is_on(inputs[0], constants[3])
+            identity = (plain or there) and same_dtype is not None and same_dtype(node)
         elif kind in ("aten::div", "aten::mul"):
             identity = len(inputs) == 2 and _is_one(constants[1]) and same_dtype is not None and same_dtype(node)
             if identity and written_to is None:
@@ -66,6 +67,12 @@ def _drop_identities(graph: Any, same_dtype: Callable[[Any], bool] | None = None
         if identity:
             node.output().replaceAllUsesWith(inputs[0])
             node.destroy()
+
+
+def _is_on(value: Any, device: Any) -> bool:
+    """Whether a value was traced on this very device: `x.to(device)`, as models made for several have it, is x."""
+    kind = value.type()
+    return kind.kind() == "TensorType" and isinstance(device, torch.device) and kind.device() == device
 
 
 def _is_made_for(node: Any) -> bool:
@@ -142,16 +149,10 @@ def _sum_parts(graph: Any) -> None:
         total, users = node.inputsAt(0).node(), [use.user for use in node.output().uses()]
         if len(users) != 1 or users[0].kind() != "prim::ListUnpack" or not _spreads_a_table(total):
             continue
+        if not is_constant(node.inputsAt(2)) or node.inputsAt(2).toIValue() not in (2, -2):
+            continue
         unpack = users[0]
-        parts = []
-        for value in inputs_of(total)[:2]:
-            cast = value.node() if value.node().kind() == "aten::to" and value.node().inputsSize() == 5 else None
-            chunk = graph.create("aten::chunk", [value if cast is None else cast.inputsAt(0), *inputs_of(node)[1:]], 1)
-            chunk.output().setType(torch._C.ListType.ofTensors())
-            pieces = graph.create("prim::ListUnpack", [chunk.output()], unpack.outputsSize())
-            chunk.insertBefore(unpack)
-            pieces.insertBefore(unpack)
-            parts.append([_converted(graph, piece, cast, unpack) for piece in outputs_of(pieces)])
+        parts = [_chunks(graph, node, value, unpack) for value in inputs_of(total)[:2]]
         for old, a, b in zip(outputs_of(unpack), *parts, strict=True):
             piece = graph.create("aten::add", [a, b, total.inputsAt(2)], 1)
             piece.insertBefore(unpack)
@@ -160,16 +161,39 @@ def _sum_parts(graph: Any) -> None:
         node.destroy()
 
 
-def _converted(graph: Any, piece: Any, cast: Any | None, before: Any) -> Any:
-    if cast is None:
+def _chunks(graph: Any, node: Any, value: Any, unpack: Any) -> list[Any]:
+    """What each of a sum's chunks takes from one of its operands, in the precision of the sum."""
+    count, precision = unpack.outputsSize(), node.inputsAt(0).type().dtype()
+    cast = value.node() if value.node().kind() == "aten::to" and value.node().inputsSize() == 5 else None
+    source, how = (value, []) if cast is None else (cast.inputsAt(0), inputs_of(cast)[1:])
+    if cast is None and precision == torch.float32 and value.type().dtype() in (torch.float16, torch.bfloat16):
+        how = [graph.insertConstant(constant) for constant in (_FLOAT, False, False, None)]
+        for constant in how:
+            constant.node().moveBefore(unpack)
+    pieces = [source] * count
+    if value.type().sizes()[2] != 1:
+        chunk = graph.create("aten::chunk", [source, *inputs_of(node)[1:]], 1)
+        chunk.output().setType(torch._C.ListType.ofTensors())
+        unpacked = graph.create("prim::ListUnpack", [chunk.output()], count)
+        chunk.insertBefore(unpack)
+        unpacked.insertBefore(unpack)
+        pieces = outputs_of(unpacked)
+    return [_converted(graph, piece, how, unpack) for piece in pieces]
+
+
+_FLOAT = 6  # fp32 as a graph says it
+
+
+def _converted(graph: Any, piece: Any, how: list[Any], before: Any) -> Any:
+    if not how:
         return piece
-    converted = graph.create("aten::to", [piece, *inputs_of(cast)[1:]], 1)
+    converted = graph.create("aten::to", [piece, *how], 1)
     converted.insertBefore(before)
     return converted.output()
 
 
 def _spreads_a_table(total: Any) -> bool:
-    """Whether a value that one operator reads is the sum of [.., n, C], the same for all tokens, and [B, T, n, C]."""
+    """Whether a value that one operator reads is the sum of [.., n, C], the same for all tokens, and [B, T, n or 1, C]."""
     if total.kind() != "aten::add" or total.inputsSize() != 3 or len(total.output().uses()) != 1:
         return False
     kinds = [total.output().type(), *(value.type() for value in inputs_of(total)[:2])]
@@ -178,7 +202,7 @@ def _spreads_a_table(total: Any) -> bool:
     if len(sizes) != 3:
         return False
     whole, *operands = sizes
-    alike = all(size[2:] == whole[2:] for size in operands)
+    alike = all(size[2:] in (whole[2:], [1, whole[3]]) for size in operands)
     return alike and whole[1] > 1 and sorted(size[1] for size in operands) == [1, whole[1]]
 
 

@@ -28,6 +28,8 @@ from sfast.overwritten import ReadFirst
 from sfast.questions import guard_of, indexes, sizes_of
 from sfast.reads import Reads
 from sfast.recording import Recording
+from sfast.runs import NAME as RUNS
+from sfast.runs import share_runs
 from sfast.structure import flatten, unflatten
 from sfast.tracing_mode import TracingMode
 from sfast.upload import mark_uploads
@@ -157,6 +159,7 @@ def trace(
             graph.eraseOutput(place)
         mark_uploads(graph, len(weights))
         fired = rewrite.rewrite(graph, fusions)
+        fired.update({RUNS: shared} if (shared := share_runs(graph)) else {})
         packs = merge_linears(graph, weights) if merge else []
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))

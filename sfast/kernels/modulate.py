@@ -6,7 +6,8 @@ fp32, which rounds once and not five times), and is written twice: as the sum, w
 
 Operators are named for what they do, in its order. *wide* ones keep gate, scale, shift and the norm in fp32 as the model
 does. *sums* is for video models of which each token has a timestep of its own: gate, scale and shift are a table plus
-something for every token, sums which would be more to write and to read than anything else, and here need never exist.
+something for every token, sums which would be more to write and to read than anything else, and here need never exist. Of
+*runs*, what there is for every token is the same for many, and read where it stands once (see `runs.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from sfast.kernels import modulate_kernels as bits
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options
+from sfast.kernels.runs import spread
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
@@ -31,7 +33,7 @@ MOST_IDLE = 1 / 6  # of the lanes, where that can be had
 WARP = 256  # elements that a warp reads at once, 16 bytes a lane
 
 # x, y [B, T, C] or [T, C]; gate, scale, shift broadcast to x: [B, 1, C] mostly; weight, bias [C]. Of sums: gate, scale, shift
-# [1, 1, 1, C], and gate_more, scale_more, shift_more [B, T, 1, C].
+# [1, 1, 1, C], and gate_more, scale_more, shift_more [B, T, 1, C]; of runs, those in the order of `run` [B T].
 
 
 def add_reference(x: Tensor, y: Tensor) -> Tensor:
@@ -113,6 +115,22 @@ def layer_norm_modulate_sums_reference(
     return layer_norm_modulate_wide_reference(x, normalized_shape, weight, bias, eps, *modulation)
 
 
+def of_runs(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where each `.._more` has a row for each run: one argument more, last, tells every token's."""
+    arguments = list(inspect.signature(reference).parameters.values())
+    places = [place for place, argument in enumerate(arguments) if argument.name.endswith("_more")]
+
+    def spreading(*args: Any) -> Any:
+        *given, run = args
+        for place in places:
+            given[place] = spread(given[place], run)
+        return reference(*given)
+
+    run = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    spreading.__signature__ = inspect.Signature([*arguments, run])  # type: ignore[attr-defined]
+    return spreading
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -162,6 +180,7 @@ class Job(NamedTuple):
     scale_more: Tensor | None = None
     shift: Tensor | None = None
     shift_more: Tensor | None = None
+    run: Tensor | None = None  # of each token: the row, of those that are to be added, that is its
     one: bool = False  # scale by 1 + scale
     rms: bool = False  # an RMSNorm instead of a LayerNorm
     wide: bool = False  # parameters, gate, scale and shift may be fp32
@@ -194,17 +213,18 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.ONE: job.one,
         bits.SHIFT: job.shift is not None,
         bits.MORE: any(part is not None for part in job.more),
+        bits.RUNS: job.run is not None,
     }
-    added = next((part for part in job.more if part is not None), None)
     block, pieces = tile(width)
     rows = max(1, WARP // block)
-    held = WARP if job.weight_y is None and added is None else WARP // 2  # by a warp; of many parts it holds fewer
+    many = given[bits.NORM_Y] or given[bits.MORE]
+    held = WARP // 2 if many else WARP  # elements of each part, by a warp
     blocks = triton.cdiv(T, rows)
     bits.modulate_rows[(B * blocks,)](
         x,
         x if y is None else y,
         *(x if part is None else part for part in (job.weight_y, job.gate, job.weight, job.bias, job.scale, job.shift)),
-        *(x if part is None else part for part in job.more),
+        *(x if part is None else part for part in (*job.more, job.run)),
         out,
         total,
         T,
@@ -212,7 +232,7 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         width,
         *x.stride()[:2],
         *((0, 0) if y is None else y.stride()[:2]),
-        *(stride for part in (job.gate, job.scale, job.shift, added) for stride in _strides(part, job.x)),
+        *(stride for part in (job.gate, job.scale, job.shift, *job.more) for stride in _strides(part, job.x)),
         job.eps,
         job.eps_y,
         FLAGS=sum(bit for bit, is_given in given.items() if is_given),
@@ -267,7 +287,19 @@ def takes(job: Job) -> bool:
     rows = [part for part in (job.gate, job.scale, job.shift, *job.more) if part is not None]
     if not all(_broadcasts(part, x) and _alike(part, x, job.wide) for part in rows):
         return False
-    return len({(_strides(part, x), part.dtype) for part in job.more if part is not None}) <= 1
+    more = [part for part in job.more if part is not None]
+    return len({part.dtype for part in more}) <= 1 and (job.run is None or _has_runs(job.run, more, x))
+
+
+def _has_runs(run: Tensor, more: list[Tensor], x: Tensor) -> bool:
+    """Whether x [B, T, C] has a run for each token, and what there is for the runs is evenly spaced."""
+    if x.dim() != 3 or any(part.dim() != 3 for part in more):
+        return False
+    B, T = x.shape[:2]
+    told = run.dtype == torch.int32 and run.is_contiguous() and run.device == x.device and run.numel() == B * T
+    return told and all(
+        part.shape[:2] == x.shape[:2] and (B == 1 or (T > 1 and part.stride(0) == T * part.stride(1))) for part in more
+    )
 
 
 def _alike(part: Tensor, x: Tensor, wide: bool = False) -> bool:
@@ -325,7 +357,6 @@ _define(f"gate_add({_GATE})", gate_add_reference)
 _define(f"gate_add_wide({_GATE})", gate_add_wide_reference, wide=True)
 _define(f"layer_norm_wide({_X}, {_NORM})", layer_norm_wide_reference, wide=True)
 _define(f"gate_add_layer_norm_wide({_GATE}, {_NORM})", gate_add_layer_norm_wide_reference, wide=True)
-_define(f"gate_add_layer_norm_sums({_GATE}, {_MORE}, {_NORM})", gate_add_layer_norm_sums_reference, wide=True)
 _define(f"layer_norm_modulate({_X}, {_NORM}, {_SHIFT})", layer_norm_modulate_reference, one=True)
 _define(f"add_layer_norm_modulate({_Y}, {_NORM}, {_SHIFT})", add_layer_norm_modulate_reference, one=True)
 _define(f"gate_add_layer_norm_modulate({_GATE}, {_NORM}, {_SHIFT})", gate_add_layer_norm_modulate_reference, one=True)
@@ -334,8 +365,13 @@ for _name, _first, _last, _reference in (
     ("gate_add_layer_norm_modulate_wide", _GATE, _SHIFT, gate_add_layer_norm_modulate_wide_reference),
     ("layer_norm_modulate_sums", _X, _SUMS, layer_norm_modulate_sums_reference),
     ("gate_add_layer_norm_modulate_sums", f"{_GATE}, {_MORE}", _SUMS, gate_add_layer_norm_modulate_sums_reference),
+    ("gate_add_layer_norm_sums", f"{_GATE}, {_MORE}", "", gate_add_layer_norm_sums_reference),
 ):
-    _define(f"{_name}({_first}, {_NORM}, {_last})", _reference, one=True, wide=True)
+    _arguments = f"{_first}, {_NORM}, {_last}".removesuffix(", ")
+    _define(f"{_name}({_arguments})", _reference, one=True, wide=True)
+    if _name.endswith("_sums"):
+        _runs = f"{_name.removesuffix('_sums')}_runs({_arguments}, Tensor run)"
+        _define(_runs, of_runs(_reference), one=True, wide=True)
 _define(f"rms_norm_scale({_X}, {_RMS})", rms_norm_scale_reference, rms=True)
 _define(f"gate_rms_norm_add({_RMS_Y})", gate_rms_norm_add_reference)
 _define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", gate_rms_norm_add_rms_norm_scale_reference, rms=True)

@@ -11,7 +11,7 @@ from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
 # Bits of FLAGS: what there is.
-ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE = (1 << bit for bit in range(12))
+ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS = (1 << bit for bit in range(13))
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def modulate_rows(
     gate_more: tl.tensor,
     scale_more: tl.tensor,
     shift_more: tl.tensor,
+    run: tl.tensor,
     out: tl.tensor,
     total: tl.tensor,
     T: tl.tensor,
@@ -54,8 +55,12 @@ def modulate_rows(
     scale_token: tl.tensor,
     shift_batch: tl.tensor,
     shift_token: tl.tensor,
-    more_batch: tl.tensor,
-    more_token: tl.tensor,
+    gate_more_batch: tl.tensor,
+    gate_more_token: tl.tensor,
+    scale_more_batch: tl.tensor,
+    scale_more_token: tl.tensor,
+    shift_more_batch: tl.tensor,
+    shift_more_token: tl.tensor,
     eps: tl.tensor,
     eps_y: tl.tensor,
     FLAGS: tl.constexpr,
@@ -71,14 +76,18 @@ def modulate_rows(
     to = (sample * T + token) * width
 
     wait_for_previous_kernel(OVERLAP)
+    first, own = sample, token  # where a token's part of what is to be added stands
+    if FLAGS & 4096 != 0:  # RUNS
+        first, own = 0, tl.load(run + sample * T + token, mask=live, other=0).to(tl.int64)
     v = _load(x + sample * x_batch + token * x_token, live, width, lane, PIECES, BLOCK)
     if FLAGS & 1 != 0:  # ADD
         w = _load(y + sample * y_batch + token * y_token, live, width, lane, PIECES, BLOCK)
-    more = sample * more_batch + token * more_token
     if FLAGS & 2 != 0:  # GATE
         g = _load(gate + sample * gate_batch + token * gate_token, live, width, lane, PIECES, BLOCK)
         if FLAGS & 2048 != 0:  # MORE
-            g_more = _load(gate_more + more, live, width, lane, PIECES, BLOCK)
+            g_more = _load(
+                gate_more + first * gate_more_batch + own * gate_more_token, live, width, lane, PIECES, BLOCK
+            )
     if FLAGS & 64 != 0:  # WEIGHT
         factor = _load(weight + token * 0, live, width, lane, PIECES, BLOCK)
     if FLAGS & 128 != 0:  # BIAS
@@ -86,11 +95,15 @@ def modulate_rows(
     if FLAGS & 256 != 0:  # SCALE
         s = _load(scale + sample * scale_batch + token * scale_token, live, width, lane, PIECES, BLOCK)
         if FLAGS & 2048 != 0:
-            s_more = _load(scale_more + more, live, width, lane, PIECES, BLOCK)
+            s_more = _load(
+                scale_more + first * scale_more_batch + own * scale_more_token, live, width, lane, PIECES, BLOCK
+            )
     if FLAGS & 1024 != 0:  # SHIFT
         t = _load(shift + sample * shift_batch + token * shift_token, live, width, lane, PIECES, BLOCK)
         if FLAGS & 2048 != 0:
-            t_more = _load(shift_more + more, live, width, lane, PIECES, BLOCK)
+            t_more = _load(
+                shift_more + first * shift_more_batch + own * shift_more_token, live, width, lane, PIECES, BLOCK
+            )
 
     if FLAGS & 4 != 0:  # NORM_Y
         factor_y = _load(weight_y + token * 0, live, width, lane, PIECES, BLOCK)

@@ -27,7 +27,7 @@ def assert_close_to_fp64(
         output = reference(*values)
         return output if part is None else output[part]
 
-    exact = run(*[value.double() if isinstance(value, Tensor) else value for value in inputs])
+    exact = run(*[_widened(value) for value in inputs])
     eager = run(*inputs)
     assert result.shape == exact.shape
     assert result.dtype == eager.dtype
@@ -35,3 +35,8 @@ def assert_close_to_fp64(
     if INTERPRETED and result.dtype == torch.bfloat16:
         allowed = 8e-3  # the interpreter truncates to bf16 where a GPU rounds
     assert error(result, exact) <= allowed
+
+
+def _widened(value: Any) -> Any:
+    """A tensor in fp64; one of indices is none of numbers."""
+    return value.double() if isinstance(value, Tensor) and value.dtype != torch.int32 else value

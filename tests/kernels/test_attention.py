@@ -14,6 +14,7 @@ from sfast.kernels import attention, attention_triton, choice
 from sfast.kernels.attention import attention_reference
 from sfast.kernels.triton_or_none import INTERPRETED
 from tests.kernels.fp64 import assert_close_to_fp64, error
+from tests.kernels.interpreter import multiply_bfloat16
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = {
@@ -25,29 +26,11 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
-        _multiply_bfloat16(monkeypatch)
+        multiply_bfloat16(monkeypatch)
     monkeypatch.setenv("SFAST_CACHE_DIR", "")
     choice.forget()
     yield
     choice.forget()
-
-
-def _multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds bf16 as integers, and multiplies matrices of them as integers: let it widen them first."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float, tl
-
-    create_dot = InterpreterBuilder.create_dot
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        data = _convert_float(handle.data, tl.bfloat16, tl.float32, None).view("float32")
-        return TensorHandle(data, tl.float32)
-
-    def create(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create)
 
 
 def _inputs(

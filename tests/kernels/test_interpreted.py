@@ -25,6 +25,7 @@ FILES = [
     "test_linear_rounded.py",
     "test_modulate.py",
     "test_rotary.py",
+    "test_runs.py",
     "test_transpose_layer_norm.py",
     "test_upsample.py",
 ]
