@@ -21,6 +21,7 @@ from sfast.loop import Watch
 from sfast.numbers import CHECKS, answers
 from sfast.overwritten import ReadFirst, unreadable
 from sfast.plan import EAGER, Call, EagerCall, Plan
+from sfast.planned_attention import without_planned_attention
 from sfast.recording import Pinned, Recording
 from sfast.state import CHANGES_ITSELF
 from sfast.structure import describe_shapes
@@ -204,7 +205,7 @@ def _on_trial(component: Component, candidate: Callable[[], T], checked: bool) -
     state = component.state
     with state.trial() as trial:
         try:
-            with unreadable(state.overwritten):
+            with unreadable(state.overwritten), without_planned_attention(state.device):
                 made = candidate()
         finally:
             changes = state.changes_itself(trial) if checked else state.is_changed()

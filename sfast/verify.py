@@ -16,6 +16,7 @@ import torch
 from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.cuda_graph import holds_graphs, make_room
 from sfast.fallback import is_out_of_memory, let_through
+from sfast.planned_attention import without_planned_attention
 from sfast.structure import UnsupportedStructure, flatten
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Check:
         unversioned = [(tensor, tensor.clone()) for tensor in given if tensor.is_inference()]
         python_random = _python_random_state()
 
-        with state.trial() as trial:
+        with state.trial() as trial, without_planned_attention(self._device):
             self.expected = run_eagerly(component.eager, state, args, kwargs)
 
         self._after = random_state(self._device)

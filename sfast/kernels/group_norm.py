@@ -15,26 +15,38 @@ it in registers and a single launch does everything. Where it is too large for t
 cluster, our native kernel does the same (csrc/group_norm.cu), on GPUs with clusters. Arithmetic is fp32 throughout and
 rounded once, when y is stored.
 
+The first of these is compiled for each size of a group's rows, to a power of two, the others for any. So a shape after the
+first, that would need another compilation of the first, takes the others: a few microseconds instead of tenths of a second.
+
 The formula for merging: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfast.kernels import nearby
 from sfast.kernels.group_norm_kernels import BIAS, SHIFT, SILU, WEIGHT, apply, merge, moments, whole_group
 from sfast.kernels.native_ops import native_group_norm_takes
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options
+from sfast.kernels.precompile import is_rehearsing
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 IN_REGISTERS = 16384  # elements of a group that one program keeps; twice as many would fit, but compile for seconds
+FEWEST_ROWS = 64  # that it is compiled for: the masked rows of smaller groups cost less than another compilation
 LARGE = 1 << 24  # elements of x from which on throughput counts for more than latency
+
+Variant = tuple[Hashable, ...]  # what kernels are compiled for
+
+_compiled: set[Variant] = set()
+_avoided: set[Variant] = set()  # at a shape after the first
 
 
 def group_norm_reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -80,12 +92,13 @@ def _launch(
     x, view = _view(x, 1 if shift is None else shift.shape[2:].numel())
     T, S = view.frames, x.shape[2:].numel() // view.frames
     PER_GROUP = C // G
-    ROWS, CHANNELS = triton.next_power_of_2(S), triton.next_power_of_2(PER_GROUP)
-    whole = T == 1 and ROWS * CHANNELS <= IN_REGISTERS
-    if not whole and T == 1 and view.channel_stride == 1:
-        rows = x.movedim(1, -1).reshape(N, S, C)
-        if native_group_norm_takes(rows, G):
-            return _in_clusters(rows, shift, G, weight, bias, eps, flags).view(N, *x.shape[2:], C).movedim(-1, 1)
+    CHANNELS = triton.next_power_of_2(PER_GROUP)
+    ROWS = max(triton.next_power_of_2(S), min(FEWEST_ROWS, IN_REGISTERS // CHANNELS))
+    tile, per_multiprocessor = _tile(view.channel_stride == 1, x.numel())
+    rows = x.movedim(1, -1).reshape(N, S, C) if T == 1 and view.channel_stride == 1 else None
+    whole = T == 1 and ROWS * CHANNELS <= IN_REGISTERS and _keeps_whole(x, view, rows, G, ROWS, tile)
+    if not whole and _goes_in_clusters(rows, G):
+        return _in_clusters(rows, shift, G, weight, bias, eps, flags).view(N, *x.shape[2:], C).movedim(-1, 1)
     y = torch.empty_like(x)
     flags |= (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     weight = x if weight is None else weight.contiguous()
@@ -100,7 +113,7 @@ def _launch(
         whole_group[G, N](x, y, shift, weight, bias, S, C, *strides, eps, flags, **shape, **options, num_warps=warps)
         return y
 
-    tile, per_multiprocessor = _tile(view.channel_stride == 1, x.numel())
+    _compiled.add(_variant(x, view, *tile.values()))
     blocks = triton.cdiv(C, tile["CHANNELS"])
     programs = per_multiprocessor * _multiprocessors(x.device)
     part_rows = _part_rows(S, tile["ROWS"], N * T * blocks, programs)
@@ -115,6 +128,27 @@ def _launch(
     pieces = triton.cdiv(S, rows)
     apply[blocks * T * pieces, N](x, y, table, S, C, *view, rows, pieces, flags, **tile, **options)
     return y
+
+
+def _keeps_whole(x: Tensor, view: View, rows: Tensor | None, G: int, ROWS: int, tile: dict[str, int]) -> bool:
+    """Whether one program is to keep a group: unless that needs a compilation, and at a shape after the first."""
+    variant = _variant(x, view, x.shape[1] // G, ROWS)
+    if variant in _compiled:
+        return True
+    avoids = nearby.is_borrowing() or (variant in _avoided and not is_rehearsing())  # there may be no graph
+    if avoids and (_variant(x, view, *tile.values()) in _compiled or _goes_in_clusters(rows, G)):
+        _avoided.add(variant)
+        return False
+    _compiled.add(variant)
+    return True
+
+
+def _variant(x: Tensor, view: View, *constants: int) -> Variant:
+    return x.dtype, x.device, view.channel_stride == 1, *constants
+
+
+def _goes_in_clusters(rows: Tensor | None, G: int) -> TypeGuard[Tensor]:
+    return rows is not None and native_group_norm_takes(rows, G)
 
 
 def _in_clusters(

@@ -66,7 +66,7 @@ def _launch(
         (ADD if residual is not None else 0) | (WEIGHT if weight is not None else 0) | (BIAS if bias is not None else 0)
     )
     WIDTH = triton.next_power_of_2(width)
-    ROWS = max(1, min(TILE // WIDTH, triton.next_power_of_2(rows // PROGRAMS)))
+    ROWS = max(1, TILE // WIDTH) if rows >= PROGRAMS else 1  # two compilations for all sizes
     _layer_norm_rows[(triton.cdiv(rows, ROWS),)](
         x,
         x if residual is None else residual.contiguous(),

@@ -50,6 +50,11 @@ def borrowing(device: torch.device, wanted: bool = True) -> Iterator[None]:
         logger.debug("kernels: %d borrowed, %d measured in %.3f s", nearby.borrowed, nearby.measured, nearby.spent)
 
 
+def is_borrowing() -> bool:
+    """Whether this is a shape after the first, at which kernels that are there already are preferred."""
+    return _active.get() is not None
+
+
 def answer(known: dict[int, str], size: int) -> str | None:
     """What to borrow of the answers known for other sizes; None outside of `borrowing`, and where to measure."""
     if _active.get() is None or not known:
