@@ -89,10 +89,10 @@ def run(
     """Do the steps to a new pair of pipelines, and stop at the first failure. `tell` gets a line for each."""
     result, operations = Run(), {known.name: known for known in OPERATIONS}
     with listening(result.phases) as listener, faults.own_cache(), _quiet(), denoiser_calls() as counted:
-        pair = Pair(original, counted, result.phases)
         gc.collect()
         gc.freeze()  # what is there stays: looking through it at every sample takes longer than the operations
         try:
+            pair = Pair(original, counted, result.phases)
             for place, step in enumerate(steps):
                 started, pair.error, what, python = time.perf_counter(), 0.0, None, pair.python
                 try:
