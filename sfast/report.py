@@ -56,7 +56,7 @@ def report(target: Any) -> Report:
         fusions.update(fired)
         rows.append((component.name, component.traced, _graphs(component), fired.total()))
     devices = {component.state.device for component in installed if component.state.device.type == "cuda"}
-    own = [(component.name, why) for component in installed for why in component.fallbacks]
+    own = [(component.name, why) for component in installed for why in list(component.fallbacks)]
     return Report(
         components=[component.name for component in installed],
         traces=sum(row[1] for row in rows),
@@ -69,13 +69,16 @@ def report(target: Any) -> Report:
 
 
 def _graphs(component: Component) -> int:
-    """How many captured graphs there are."""
-    plans = component.plans.values()
-    whole = sum(plan.runner is not None and plan.runner.graph is not None for plan in plans)
-    return whole + sum(plan.loop.graphs() for plan in plans if plan.loop is not None)
+    """How many captured graphs there are; another thread may be adding to them."""
+    found = 0
+    for plan in list(component.plans.values()):
+        runner, loop = plan.runner, plan.loop
+        found += (runner is not None and runner.graph is not None) + (loop.graphs() if loop is not None else 0)
+    return found
 
 
 def _fired(component: Component) -> Counter[str]:
     """How often each fusion fired in the trace that has most of them; shapes and structures repeat the same places."""
-    traces = [traced for known in component.traces.values() for traced in known if isinstance(traced, Trace)]
+    known = [traced for some in list(component.traces.values()) for traced in list(some)]
+    traces = [traced for traced in known if isinstance(traced, Trace)]
     return max([traced.fusions for traced in traces], key=Counter.total, default=Counter())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -336,3 +337,35 @@ def test_eager_waits_for_nobody() -> None:
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_report_while_another_thread_calls() -> None:
+    """A server tells how it is doing while it draws."""
+    net = sfast.compile(Net().eval().requires_grad_(False))
+    component = component_of(net)
+    assert component is not None
+    errors, done = [], threading.Event()
+    switching = sys.getswitchinterval()
+
+    def ask() -> None:
+        try:
+            while not done.is_set():
+                sfast.report(net)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    sys.setswitchinterval(1e-6)
+    try:
+        with torch.no_grad():
+            net(torch.randn(1, 6))
+            (plan,) = component.plans.values()
+            thread.start()
+            for i in range(20_000):
+                component.plans["shape", i] = plan  # what a call at a new shape does in the end
+                component.fallbacks[str(i)] = None
+    finally:
+        sys.setswitchinterval(switching)
+        done.set()
+        thread.join()
+    assert errors == []
