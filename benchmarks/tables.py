@@ -27,6 +27,7 @@ HEADER = (
     "| first call: compile / sfast / again | peak memory: eager / sfast | error: eager / sfast |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+GLANCE = ("sd15", "sdxl", "sd35m", "flux", "wan22-5b")  # of all models, those that stand at the top
 OTHERS = "| also | size, batch | torch.compile | sfast | against compile |\n|---|---|---|---|---|"
 
 
@@ -82,6 +83,31 @@ def table(rows: Iterable[Row]) -> str:
     )
     lines += ["", f"From `benchmarks/results.csv`: {'; '.join(origins)}."]
     return "\n".join(lines)
+
+
+def glance(rows: Iterable[Row]) -> str:
+    """Some models at their own sizes, in few columns."""
+    cases = {case["sfast"]["model"]: case for case in latest(rows) if of_its_own_size(case["sfast"])}
+    shown = [cases[model] for model in GLANCE if model in cases]
+    if not shown:
+        return NONE_YET
+    gpus = " / ".join(dict.fromkeys(case["sfast"]["gpu"] for case in shown))
+    lines = [
+        f"| one denoiser step, {gpus} | eager | torch.compile | sfast (against eager) | first call: torch.compile / sfast |",
+        "|---|---|---|---|---|",
+    ]
+    for case in shown:
+        eager, compiled, ours, _ = (case.get(variant) for variant in VARIANTS)
+        assert ours is not None
+        ms = [number(row, "ms") for row in (eager, compiled, ours)]
+        cells = [
+            f"{ours['model']} {ours['precision']}, {size(ours)}",
+            *map(milliseconds, ms[:2]),
+            f"**{milliseconds(ms[2])}** ({ratio(ms[0], ms[2])})",
+            joined([number(row, "first_call_s") for row in (compiled, ours)], "{:.1f}", " s"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "How this was measured, and more models: [below](#measured)."])
 
 
 def line(case: dict[str, Row]) -> str:
@@ -210,7 +236,13 @@ def origin(row: Row, name: str) -> str:
     )
 
 
-TABLES = {"results": table, "adapters": adapters, "shapes": shapes}
+# Markers in the README -> the CSV file here, and what becomes of its rows.
+TABLES = {
+    "glance": ("results", glance),
+    "results": ("results", table),
+    "adapters": ("adapters", adapters),
+    "shapes": ("shapes", shapes),
+}
 
 
 def fill(text: str, content: str, name: str = "results") -> str:
@@ -239,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     old = options.readme.read_text()
     new = old
-    for name, written in TABLES.items():
-        new = fill(new, written(read(options.results / f"{name}.csv")), name)
+    for name, (file, written) in TABLES.items():
+        new = fill(new, written(read(options.results / f"{file}.csv")), name)
     if options.check:
         return int(old != new)
     options.readme.write_text(new)

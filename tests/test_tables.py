@@ -75,6 +75,27 @@ def test_other_sizes_and_the_strongest_compile_stand_in_a_table_of_their_own():
     assert lines[8] == ""
 
 
+def test_a_few_models_at_a_glance():
+    rows = [
+        row("r1", "eager", 100, model="unknown"),
+        row("r1", "compile-reduce-overhead", 7, first_call_s=66.04),
+        row("r1", "sfast", 5, first_call_s=3.21),
+        row("r1", "sfast", 3, width=256, height=256),
+        row("r1", "compile-reduce-overhead", 5, width=256, height=256),
+        row("r2", "eager", 60, model="sdxl", width=1024, height=1024),
+        row("r2", "compile-reduce-overhead", 40, model="sdxl", width=1024, height=1024),
+        row("r2", "sfast", 20, model="sdxl", width=1024, height=1024),
+    ]
+    lines = tables.glance(rows).split("\n")
+    assert lines[0].startswith("| one denoiser step, some GPU | eager |")
+    assert lines[2:5] == [
+        "| sd15 fp16, 512×512, 2 | – | 7.00 ms | **5.00 ms** (–) | 66.0 / 3.2 s |",
+        "| sdxl fp16, 1024×1024, 2 | 60.00 ms | 40.00 ms | **20.00 ms** (3.00×) | – / – s |",
+        "",
+    ]
+    assert tables.glance([row("r1", "sfast", 5)]) == tables.NONE_YET
+
+
 def test_models_without_sfast_are_left_out():
     assert tables.table([row("r1", "eager", 44)]) == tables.NONE_YET
     assert tables.table([]) == tables.NONE_YET
