@@ -19,6 +19,7 @@ from sfast.caller import Caller
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import make_room
 from sfast.decisions import Decisions
+from sfast.environment import environment, why_eager
 from sfast.fusions import chosen_fusions
 from sfast.kv_cache import without_kv_cache
 from sfast.locks import give_way, lock_of, locks_of
@@ -30,7 +31,7 @@ from sfast.placement import Placement
 from sfast.plan import EAGER, Addresses, Ahead, Call, EagerCall, Plan, RandomOffset
 from sfast.prepare import prepare
 from sfast.state import ModuleState
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten, layout
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten_call, layout
 from sfast.trace import Trace, is_tracing
 
 T = TypeVar("T")
@@ -135,10 +136,13 @@ class Component(Override):
         state = self.state
         state.picture = self.pictures.count
         state.adapters.begin(state.picture)
+        if (why := why_eager()) is not None:
+            return self._stay_eager(why)
         plain, state.scale = take_scale(type(self.module).forward, kwargs)
         tensors: list[torch.Tensor] = []
         try:
-            structure = flatten((args, plain), tensors, sizes_on=state.device if self.config.enable_jit else None)
+            sizes_on = state.device if self.config.enable_jit else None
+            structure = flatten_call((args, plain), tensors, sizes_on=sizes_on)
         except UnsupportedStructure as error:
             return self._stay_eager(str(error))
         generation = state.generation
@@ -192,8 +196,8 @@ class Component(Override):
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
             tensors = [tensor if tensor.is_cuda else launch.over(tensor, device) for tensor in tensors]
-        kinds = tuple([(tensor.dtype, tensor.device, tensor.dim()) for tensor in tensors])
-        exact = structure, kinds, self.state.key(), _autocast(device.type)
+        kinds = tuple([(tensor.dtype, tensor.device, tensor.dim(), tensor.requires_grad) for tensor in tensors])
+        exact = structure, kinds, self.state.key(), environment(device.type)
         shapes = tuple([(tensor.shape, layout(tensor)) for tensor in tensors])
         call = Call(args, kwargs, structure, tensors, exact, shapes, exact)
         self.give(call, self.numbers.known(exact))
@@ -306,7 +310,3 @@ def _eager_forward(module: torch.nn.Module) -> Any:
 
 def _itself(value: T) -> T:
     return value
-
-
-def _autocast(device_type: str) -> Hashable:
-    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)

@@ -34,6 +34,11 @@ class Variant:
     places: list[Place]
     questions: dict[Hashable, tuple[Question, bool]] = dataclasses.field(default_factory=dict)
     checks: int = 0  # how many values it was compared with eager at
+    shared: bool = False  # traced while other threads could see the numbers: it is compared at every value
+
+    def is_believed(self) -> bool:
+        """Whether no value needs to be compared any more."""
+        return self.checks >= CHECKS and not self.shared
 
     def serves(self, values: Values) -> bool:
         """Whether Python would decide everything by these values as it did."""
@@ -68,9 +73,9 @@ class Given:
         values = [self.family.first[place] for place in self.variant.places]
         return self.family.signature, self.family.first, self.tensor.new_tensor(values)
 
-    def record(self) -> Recording:
-        """For a trace in which they are inputs."""
-        return Recording(self.variant.places, self.values)
+    def record(self, shared: bool) -> Recording:
+        """For a trace in which they are inputs; `shared` with other threads, which must find floats."""
+        return Recording(self.variant.places, self.values, shared)
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,6 +150,7 @@ class Numbers:
     def keep(self, signature: Hashable, given: Given, recording: Recording | None = None) -> None:
         """What was found, and perhaps traced, has proved right."""
         variant = given.variant
+        variant.shared |= recording is not None and recording.shared
         if recording is not None and not recording.questions.keys() <= variant.questions.keys():
             variant.questions.update(recording.questions)
             self._known = {key: each for key, each in self._known.items() if each.variant is not variant}

@@ -29,7 +29,7 @@ class Call:
     kwargs: Any
     structure: Hashable  # as `structure.flatten` describes it
     tensors: list[torch.Tensor]  # where the module is; one more where numbers are inputs
-    exact: tuple[Hashable, ...]  # structure, kinds of tensors, the state's key, autocast
+    exact: tuple[Hashable, ...]  # structure, kinds of tensors, the state's key, the environment
     shapes: Hashable
     signature: tuple[Hashable, ...]  # what a trace must agree with: `exact`, but for numbers, and what Python decides
     given: Given | None = None  # the numbers that are inputs

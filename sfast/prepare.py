@@ -18,7 +18,7 @@ from sfast.cuda_graph import can_capture, make_room, pool_of
 from sfast.decisions import Untraceable
 from sfast.kernels import nearby
 from sfast.loop import Watch
-from sfast.numbers import CHECKS, answers
+from sfast.numbers import answers
 from sfast.overwritten import ReadFirst, unreadable
 from sfast.plan import EAGER, Call, EagerCall, Plan
 from sfast.planned_attention import without_planned_attention
@@ -26,6 +26,7 @@ from sfast.recording import Pinned, Recording
 from sfast.state import CHANGES_ITSELF
 from sfast.structure import describe_shapes
 from sfast.trace import Trace, trace
+from sfast.trial import is_alone
 
 if TYPE_CHECKING:
     from sfast.component import Component
@@ -149,7 +150,7 @@ def _check(component: Component, call: Call) -> verify.Check:
 def _confirm(component: Component, call: Call, plan: Plan, check: verify.Check | None) -> Any:
     """Run a plan with values of numbers that it has not had; the first few are compared with eager."""
     assert plan.call is not None and call.given is not None
-    if not component.config.verify or call.given.variant.checks >= CHECKS:
+    if not component.config.verify or call.given.variant.is_believed():
         component.numbers.keep(call.exact, call.given)
         return component.run(plan, call)
     check = check or _check(component, call)
@@ -239,7 +240,8 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
         return known
 
     def traced(what: str, fusions: list[Any], merge: bool, keep_sizes: bool = True) -> Trace:
-        recording = call.given.record() if call.given is not None else None
+        shared = config.verify and not is_alone()
+        recording = call.given.record(shared) if call.given is not None else None
         with contextlib.ExitStack() as stack:
             stack.enter_context(fallback.timed(f"{component.name}: {what}"))
             stack.enter_context(state.adapters.left_out())

@@ -1,26 +1,23 @@
 """Python numbers while a call is traced: what becomes of them, and tensors where they meet tensors.
 
-For everybody else, another thread that reads the module's attributes meanwhile above all, a `Number` is the float that it
-stands for. What reads it past its methods in the thread that traces, as C code does, bakes its value in. Of that kind are the
-functions of `math`, so while a call is traced they give such a number up (`_Functions`); for the rest there is the check of the
-next values.
+A `Number` is no `float`, though `isinstance` says so: so C code, which reads a float without asking it, has to call
+`__float__` (`math.exp`, `struct.pack`, `"%f" %`), which pins the number, or refuses it, which ends the trace. Functions of
+PyTorch hand a number over to whoever listens, at any place among their arguments (`__torch_function__`).
+
+Another thread that reads the module's attributes meanwhile must find floats. Where there may be one, a `Float` stands in
+these places, which is one to C code, too; what is baked in by it comes out by comparison with eager at every value.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-from sfast.sizes import is_of_models
 
 Place = tuple[Hashable, ...]  # where a number stands: ("attribute", path) or ("argument", index, index, ...)
 Values = Mapping[Place, float]
@@ -35,22 +32,44 @@ class Pinned(Exception):
         self.places = places
 
 
-class Number(float):
-    """A float while Python is traced: `exact` is its value, and `tensor` makes the 0-dimensional tensor that it is."""
+class Number:
+    """Passes for a float while Python is traced: `exact` is its value, and `tensor` makes the tensor [] that it is."""
 
     exact: float
     places: frozenset[Place]  # of the numbers that it is computed from
     value: Callable[[Values], float]  # what it is when these have other values
     tensor: Callable[[torch.dtype], torch.Tensor]
     recording: Recording
+    __class__ = property(lambda self: float)  # what `isinstance` asks
 
     def __new__(cls, exact: float, **parts: Any) -> Number:
-        made = super().__new__(cls, exact)
+        made = cls._make(exact)
         made.__dict__.update(parts, exact=exact)
         return made
 
+    @classmethod
+    def _make(cls, exact: float) -> Number:
+        return object.__new__(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Where no recording looks first: in other threads, or where it stands too deep among the arguments."""
+        return func(*_plain(args), **_plain(kwargs or {}))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        import numpy
+
+        return numpy.asarray(self.recording.pin(self), *args)
+
     def __bool__(self) -> bool:
         return bool(self.recording.ask(self, "ne", 0.0))
+
+    @property
+    def real(self) -> float:
+        """As of every float."""
+        return self.recording.pin(self)
+
+    imag = 0.0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return float, (self.recording.pin(self),)
@@ -70,6 +89,8 @@ def _compute(name: str, reflected: bool) -> Callable[[Number, Any], Any]:
             return NotImplemented  # a tensor's own method is asked
         a, b = (other, self) if reflected else (self, other)
         exact = function(exact_of(a), exact_of(b))
+        if name == "truediv" and isinstance(b, Number):
+            self.recording.ask(b, "ne", 0.0)  # Python raises where a tensor is infinite
         return self.recording.computed(exact, function, [a, b])
 
     return method
@@ -84,7 +105,7 @@ def _compare(name: str) -> Callable[[Number, Any], Any]:
 
 def _pinned(name: str) -> Callable[..., Any]:
     def method(self: Number, *args: Any) -> Any:
-        return getattr(self.recording.pin(self), name)(*args)
+        return getattr(self.recording.pin(self), name)(*map(_plain, args))
 
     return method
 
@@ -98,8 +119,16 @@ for _method in _COMPUTED:
 for _method in _COMPARED:
     setattr(Number, f"__{_method}__", _compare(_method))
 for _method in vars(float):
-    if _method not in vars(Number) and callable(getattr(float, _method)) and not _method.startswith("__get"):
+    if _method not in vars(Number) and callable(getattr(float, _method)) and not _method.startswith(("__get", "__new")):
         setattr(Number, _method, _pinned(_method))
+
+
+class Float(Number, float):  # type: ignore[misc]
+    """A number that is a float even to C code."""
+
+    @classmethod
+    def _make(cls, exact: float) -> Number:
+        return float.__new__(cls, exact)
 
 
 def exact_of(number: Any) -> Any:
@@ -107,45 +136,13 @@ def exact_of(number: Any) -> Any:
     return number.exact if isinstance(number, Number) else number
 
 
-class _Functions:
-    """The functions of `math`, wherever the module itself or the files of models name them: none may read a `Number`."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[dict[str, Any], str, Any]] = []
-
-    def exchange(self) -> None:
-        """Have them pin the numbers that they get."""
-        own = {id(each): _pinning(each) for each in vars(math).values() if isinstance(each, BuiltinFunctionType)}
-        files = [vars(module) for name, module in list(sys.modules.items()) if is_of_models(name, module)]
-        for names in [vars(math), *files]:
-            for name, value in list(names.items()):
-                if id(value) in own:
-                    self._before.append((names, name, value))
-                    names[name] = own[id(value)]
-
-    def put_back(self) -> None:
-        """Leave everything as it was."""
-        while self._before:
-            names, name, value = self._before.pop()
-            names[name] = value
-
-
-def _pinning(function: Callable[..., Any]) -> Callable[..., Any]:
-    def pinned(*args: Any, **kwargs: Any) -> Any:
-        return function(*map(_given_up, args), **{name: _given_up(arg) for name, arg in kwargs.items()})
-
-    return pinned
-
-
-def _given_up(value: Any) -> Any:
-    return value.recording.pin(value) if isinstance(value, Number) else value
-
-
 class Recording(TorchFunctionMode):
     """Numbers in the places of some of a call's, what Python asks about them, and tensors where they meet tensors."""
 
-    def __init__(self, places: list[Place], values: Values) -> None:
+    def __init__(self, places: list[Place], values: Values, shared: bool = False) -> None:
+        """`shared`: other threads may read the module's attributes meanwhile."""
         super().__init__()
+        self.shared = shared and any(place[0] == "attribute" for place in places)
         self.vector: torch.Tensor | None = None  # of the numbers' values, fp64 [places]: while tracing
         self.questions: dict[Hashable, tuple[Question, bool]] = {}
         self.pinned: set[Place] = set()
@@ -153,16 +150,13 @@ class Recording(TorchFunctionMode):
         self._cast: dict[torch.dtype, torch.Tensor] = {}
         self.places = places
         self._numbers = {place: self._number(i, place, values[place]) for i, place in enumerate(places)}
-        self._functions = _Functions()
 
     def __enter__(self) -> Recording:
         self._thread = threading.get_ident()
         super().__enter__()
-        self._functions.exchange()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._functions.put_back()
         super().__exit__(*error)
         self._thread, self.vector = 0, None
         self._cast.clear()
@@ -233,7 +227,8 @@ class Recording(TorchFunctionMode):
                 self._cast[dtype] = self.vector.to(dtype)
             return self._cast[dtype][i]
 
-        made = Number(exact, recording=self, places=frozenset([place]), tensor=tensor)
+        kind = Float if self.shared and place[0] == "attribute" else Number
+        made = kind(exact, recording=self, places=frozenset([place]), tensor=tensor)
         made.value = operator.itemgetter(place)
         made.__dict__["identity"] = place
         return made
@@ -256,7 +251,7 @@ class Recording(TorchFunctionMode):
             return func(args[0], args[1], args[2].tensor(args[0].dtype))
         elif func is torch.tensor and (made := self._made_of(*args, **kwargs)) is not None:
             return made
-        return func(*_plain(self, args), **_plain(self, kwargs))
+        return func(*_plain(args), **_plain(kwargs))
 
     def _with_tensor(self, function: Callable[..., torch.Tensor], a: Any, b: Any) -> torch.Tensor | None:
         """As eager computes: the number in the dtype in which such tensors are computed with, the result in theirs."""
@@ -308,12 +303,13 @@ def _has_number(value: Any) -> bool:
     return isinstance(value, Number)
 
 
-def _plain(recording: Recording, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(recording, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([_plain(recording, item) for item in value])
-    return recording.pin(value) if isinstance(value, Number) else value
+def _plain(value: Any) -> Any:
+    """Without numbers: they are given up."""
+    if isinstance(value, Number):
+        return value.recording.pin(value)
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)([_plain(item) for item in value]) if type(value) in (list, tuple) else value
 
 
 def replaced(structure: Any, path: Place, by: Any) -> Any:

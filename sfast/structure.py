@@ -1,7 +1,9 @@
 """Nested arguments as a flat list of tensors and a hashable description of everything else.
 
 A trace is valid for one structure: which keys are there, which values are None, every number, string and flag. Tensors are
-the only thing that may differ between two calls of the same trace.
+the only thing that may differ between two calls of the same trace. So two descriptions are equal only where no Python could
+tell the values apart: -0.0 is not 0.0, one tensor given twice is not two of them, and what carries more than is to be seen
+(a function with a closure, a list with attributes) has no description.
 """
 
 from __future__ import annotations
@@ -9,27 +11,65 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from sfast.known import plain
+from sfast.known import Known, plain
+from sfast.patches import is_users
 
 
 class UnsupportedStructure(TypeError):
     """An argument or result holds an object that cannot be taken apart and put together again."""
 
 
-PLAIN = (
+_VALUES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout,
-    enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+    enum.Enum,
 )  # fmt: skip
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+PLAIN = _VALUES + _CODE
+# Equal values of one of these types are the same to everybody; of an `int` or `float`, most are.
+_EXACT = frozenset((type(None), bool, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout))
+_TENSORS = (torch.Tensor, torch.nn.Parameter, Known)  # whoever has made another one may do anything in its operators
 
 TENSOR = ("tensor",)  # the place of one tensor in a description
 SIZE = ("size",)  # and of an integer that may be a size: that of a tensor with nothing in it, which stands for it
 LARGEST_SIZE = 2**31 - 1
+
+
+def flatten_call(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None = None) -> Hashable:
+    """`flatten`, for the arguments of a call: Python may ask whether two of them are the same tensor (`a is b`).
+
+    Such a tensor has one place in `tensors`, to which the later ones refer.
+    """
+    description = flatten(value, tensors, sizes_on)
+    if len({*map(id, tensors)}) == len(tensors):
+        return description
+    given, kept = iter(list(tensors)), tensors
+    kept.clear()
+    return _sharing(description, given, kept, {})
+
+
+def _sharing(description: Any, given: Iterator[torch.Tensor], kept: list[torch.Tensor], places: dict[int, int]) -> Any:
+    tag = description[0]
+    if tag in ("tensor", "size"):
+        tensor = next(given)
+        if tag == "tensor" and id(tensor) in places:
+            return ("same", places[id(tensor)])
+        if tag == "tensor":
+            places[id(tensor)] = len(kept)
+        kept.append(tensor)
+        return description
+    if tag == "plain":
+        return description
+    tag, kind, content = description
+    if tag == "sequence":
+        return (tag, kind, tuple([_sharing(item, given, kept, places) for item in content]))
+    return (tag, kind, tuple([(key, _sharing(item, given, kept, places)) for key, item in content]))
 
 
 def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None = None) -> Hashable:
@@ -40,54 +80,129 @@ def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | No
 
     Raises:
         UnsupportedStructure: `value` holds something other than tensors, plain values, tuples, lists, mappings,
-            dataclasses and diffusers or transformers outputs.
+            dataclasses and diffusers or transformers outputs, or a function or class of somebody's own.
     """
-    if isinstance(value, torch.Tensor):
+    kind = type(value)
+    if kind in _EXACT:
+        return ("plain", kind, value)  # 1, 1.0 and True are equal in Python but not for a model
+    if kind in _TENSORS or isinstance(value, torch.Tensor):
+        if kind not in _TENSORS or value.layout is not torch.strided:
+            raise UnsupportedStructure(f"a tensor of type {_name(kind)} and layout {value.layout} cannot be traced")
         tensors.append(plain(value))
         return TENSOR
-    if sizes_on is not None and type(value) is int and 0 <= value <= LARGEST_SIZE:
-        tensors.append(_of_size(value, sizes_on))
-        return SIZE
-    if isinstance(value, PLAIN):
-        # 1, 1.0 and True are equal in Python but not for a model.
-        return ("plain", type(value), value)
-    kind = type(value)
+    if kind is int:
+        if sizes_on is not None and 0 <= value <= LARGEST_SIZE:
+            tensors.append(_of_size(value, sizes_on))
+            return SIZE
+        return ("plain", kind, value)
+    if kind is float:
+        return ("plain", kind, value) if value and value == value else _zero_or_nan(kind, value)
+    if isinstance(value, (*_VALUES, *_CODE)):
+        return _of_plain(kind, value)
+    if dataclasses.is_dataclass(kind):
+        return _of_dataclass(kind, value, tensors, sizes_on)
     if isinstance(value, (tuple, list)):
+        _refuse_attributes(kind, value)
         # An integer in a list may be there to be counted up (the place in a cache), which no size can be.
         on = [None if kind is list and type(item) is int else sizes_on for item in value]
         return ("sequence", kind, tuple([flatten(item, tensors, where) for item, where in zip(value, on, strict=True)]))
-    if isinstance(value, Mapping):  # also diffusers' and transformers' ModelOutput
-        if dataclasses.is_dataclass(value) or kind in (dict,) or _takes_pairs(kind):
-            items = tuple([(key, flatten(item, tensors, sizes_on)) for key, item in value.items()])
-            return ("mapping", kind, items)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        items = tuple([(name, flatten(item, tensors, sizes_on)) for name, item in fields.items()])
-        return ("dataclass", kind, items)
+    if isinstance(value, Mapping) and (kind is dict or _takes_pairs(kind)):
+        _refuse_attributes(kind, value)
+        return ("mapping", kind, _of_items(value, tensors, sizes_on))
     if isinstance(value, torch.Generator):
         raise UnsupportedStructure("it draws from a random generator of the caller's, and a trace from PyTorch's own")
-    raise UnsupportedStructure(f"a value of type {kind.__module__}.{kind.__qualname__} cannot be traced")
+    raise UnsupportedStructure(f"a value of type {_name(kind)} cannot be traced")
+
+
+def _of_items(
+    items: Mapping[Any, Any], tensors: list[torch.Tensor], sizes_on: torch.device | None
+) -> tuple[tuple[Hashable, Hashable], ...]:
+    if any([type(key) is not str for key in items]):
+        kinds = {type(key) for key in items} - {str, int, type(None)}
+        if any([not issubclass(kind, enum.Enum) for kind in kinds]):  # 1.0 and True are 1 as a key
+            raise UnsupportedStructure("a dictionary with keys other than strings and integers cannot be traced")
+    return tuple([(key, flatten(item, tensors, sizes_on)) for key, item in items.items()])
+
+
+def _of_dataclass(
+    kind: type, value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None
+) -> tuple[Hashable, ...]:
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    if not all(field.init for field in fields) or not names.issuperset(getattr(value, "__dict__", ())):
+        raise UnsupportedStructure(f"a value of type {_name(kind)} with more in it than its fields cannot be traced")
+    if isinstance(value, Mapping):  # diffusers' and transformers' ModelOutput
+        return ("mapping", kind, _of_items(value, tensors, sizes_on))
+    items = {field.name: getattr(value, field.name) for field in fields}
+    return ("dataclass", kind, _of_items(items, tensors, sizes_on))
+
+
+def _of_plain(kind: type, value: Any) -> Hashable:
+    """Of values that are not of the very types for which equal is the same."""
+    if isinstance(value, enum.Enum):
+        return ("plain", kind, value)
+    if isinstance(value, _CODE):
+        own = value if isinstance(value, type) else getattr(value, "__self__", None)
+        bound = own is not None and not isinstance(own, (types.ModuleType, type))
+        if bound or is_users(getattr(own if isinstance(own, type) else value, "__module__", None)) or _carries(value):
+            name = getattr(value, "__qualname__", kind.__qualname__)
+            raise UnsupportedStructure(f"nobody can see whether `{name}`, a function or class, will do the same again")
+        return ("plain", kind, value)
+    _refuse_attributes(kind, value)
+    if isinstance(value, float):
+        return ("plain", kind, value) if value and value == value else _zero_or_nan(kind, value)
+    return ("plain", kind, value, repr(value)) if isinstance(value, complex) else ("plain", kind, value)
+
+
+def _zero_or_nan(kind: type, value: float) -> Hashable:
+    """0.0 and -0.0 are equal, and NaN is not, but only Python takes them for that."""
+    if value == 0:
+        return ("plain", kind, value) if math.copysign(1.0, value) > 0 else ("plain", kind, value, "negative")
+    return ("plain", kind, math.nan if kind is float else value, "nan")
+
+
+def _carries(function: Any) -> bool:
+    """Whether a function has values of its own."""
+    return bool(getattr(function, "__closure__", None)) or bool(not isinstance(function, type) and vars_of(function))
+
+
+def vars_of(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object, where it has any."""
+    return getattr(value, "__dict__", {})
+
+
+def _refuse_attributes(kind: type, value: Any) -> None:
+    if vars_of(value):
+        raise UnsupportedStructure(f"a value of type {_name(kind)} with attributes cannot be traced")
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def unflatten(description: Any, tensors: list[torch.Tensor], of_size: Callable[[Any], Any] | None = None) -> Any:
     """Put together what `flatten` took apart; takes tensors from the front of `tensors`, and `of_size` of each size."""
-    return _build(description, iter(tensors), of_size)
+    return _build(description, iter(tensors), tensors, of_size)
 
 
-def _build(description: Any, tensors: Iterator[torch.Tensor], of_size: Callable[[Any], Any] | None) -> Any:
+def _build(
+    description: Any, rest: Iterator[torch.Tensor], tensors: list[torch.Tensor], of_size: Callable[[Any], Any] | None
+) -> Any:
     tag = description[0]
     if tag == "tensor":
-        return next(tensors)
+        return next(rest)
+    if tag == "same":
+        return tensors[description[1]]
     if tag == "size":
-        size = next(tensors).shape[0]
+        size = next(rest).shape[0]
         return size if of_size is None else of_size(size)
-    _, kind, content = description
+    _, kind, content, *_ = description
     if tag == "plain":
         return content
     if tag == "sequence":
-        items = [_build(item, tensors, of_size) for item in content]
+        items = [_build(item, rest, tensors, of_size) for item in content]
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
-    fields = {key: _build(item, tensors, of_size) for key, item in content}
+    fields = {key: _build(item, rest, tensors, of_size) for key, item in content}
     if tag == "mapping" and not dataclasses.is_dataclass(kind):
         return kind(fields)
     return kind(**fields)

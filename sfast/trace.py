@@ -140,7 +140,9 @@ def trace(
         Anything that `forward` raises under tracing, and structure.UnsupportedStructure if the result is not made of
         tensors, plain values and containers of them.
     """
-    with tracing_lock, torch.no_grad(), quiet(), _no_autocast_cache():
+    # Python may ask for the mode; who needs gradients is not here.
+    grad = torch.is_grad_enabled() and not any([tensor.requires_grad for tensor in (*weights, *tensors)])
+    with tracing_lock, torch.set_grad_enabled(grad), quiet(), _no_autocast_cache():
         try:
             record = _record(forward, weights, call, tensors, recording, keep_sizes)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from sfast.decisions import Untraceable
-from sfast.reads import Reads, where
+from sfast.reads import Reads, is_traced_by, where
 from sfast.sizes import Sizes
 
 
@@ -25,7 +26,8 @@ class TracingMode(TorchFunctionMode):
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
       which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
-    - What Python reads out of tensors is noted: see `reads.py`.
+    - What Python reads out of tensors is noted: see `reads.py`. What it asks of the memory that they lie in, no trace can
+      repeat (`timesteps[i]` lies elsewhere at each step), nor whether inference mode is on.
     """
 
     def __init__(self, keep_sizes: bool = True) -> None:
@@ -38,6 +40,8 @@ class TracingMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == self._data:
             return args[0].detach()
+        if func in _ABOUT_MEMORY and _is_models(sys._getframe(1)):
+            raise Untraceable(f"it asks what a tensor is a view of, or where it lies in memory: {where()}")
         if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
             raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {where()}")
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
@@ -63,7 +67,14 @@ class TracingMode(TorchFunctionMode):
             value = value[0]
         part.copy_(value)
 
+    def _is_inference_mode_enabled(self) -> bool:
+        if is_traced_by(self._thread) and _is_models(sys._getframe(1)):
+            raise Untraceable(f"it asks whether inference mode is on: {where()}")
+        return torch._C.is_inference_mode_enabled()
+
     def __enter__(self) -> TracingMode:
+        self._thread = threading.get_ident()
+        torch.is_inference_mode_enabled = self._is_inference_mode_enabled
         torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
         self.reads.start()
         self._sizes.start()
@@ -73,7 +84,24 @@ class TracingMode(TorchFunctionMode):
         self._sizes.stop()
         self.reads.stop()
         torch.nn.Module.__call__ = self._call
+        torch.is_inference_mode_enabled = torch._C.is_inference_mode_enabled
         super().__exit__(*error)
+
+
+_T = torch.Tensor
+_ABOUT_MEMORY = frozenset(
+    [
+        *(_T.storage_offset, _T.data_ptr, _T.untyped_storage, _T.storage, _T._is_view, _T.is_inference, _T.is_pinned),
+        *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn")],
+    ]
+)
+# Whose own affair it is.
+_OF_OPERATORS = ("torch.", "triton.", "sfast.", "xformers.", "flash_attn.")
+
+
+def _is_models(frame: Any) -> bool:
+    """Whether a model's own code is at work."""
+    return not f"{frame.f_globals.get('__name__', '')}.".startswith(_OF_OPERATORS)
 
 
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl")

@@ -307,7 +307,8 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
     if isinstance(value, torch.Tensor):
         tree.weights.append((path, value))
     elif isinstance(value, PLAIN):
-        tree.attributes[path] = type(value), value  # 1, 1.0 and True are equal in Python
+        # 1, 1.0 and True are equal in Python, and so are 0.0 and -0.0.
+        tree.attributes[path] = type(value), value if value and not isinstance(value, complex) else repr(value)
         if isinstance(value, (types.FunctionType, types.MethodType)):
             tree.unread.append(value)
             _read_attribute(tree, f"{path}.self", getattr(value, "__self__", None), depth)

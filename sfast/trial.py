@@ -46,7 +46,7 @@ class Trial:
         self.alone = True
 
     def __enter__(self) -> Trial:
-        self.alone = _is_alone()
+        self.alone = is_alone()
         global _assign, _assign_and_tell, _running
         with _lock:
             if torch.nn.Module.__setattr__ is not _assign_and_tell:
@@ -61,7 +61,7 @@ class Trial:
             _running = tuple([ref for ref in _running if ref() not in (None, self)])
             if not _running and torch.nn.Module.__setattr__ is _assign_and_tell:  # else: somebody has wrapped it
                 torch.nn.Module.__setattr__ = _assign
-        self.alone = self.alone and _is_alone()
+        self.alone = self.alone and is_alone()
 
     def saw(self, module: torch.nn.Module, name: str) -> None:
         """Somebody assigns to an attribute."""
@@ -109,7 +109,7 @@ def _is_at(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.")
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
     """Whether no thread but this one could assign anything; those that compile kernels or watch a progress bar do not."""
     here = threading.current_thread()
     return all(

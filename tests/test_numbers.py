@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import decimal
+import fractions
+import json
 import math
 import os
 import queue
 import random
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import exp
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,10 +122,6 @@ def as_an_option(x: Tensor, scale: float) -> Tensor:
     return torch.add(x, x, alpha=scale) + nn.functional.leaky_relu(x, scale)
 
 
-def past_its_methods(x: Tensor, scale: float) -> Tensor:
-    return x * float.__add__(scale, 0.0)  # as C code reads it
-
-
 def rounded(x: Tensor, scale: float) -> Tensor:
     return x * round(scale, 1)
 
@@ -129,21 +131,58 @@ def test_what_no_tensor_can_stand_for_has_a_trace_for_each_value(use: Any) -> No
     assert traces(use, 0.7, 0.2, 1.0, 0.5) == 4
 
 
-def test_functions_of_math_give_a_number_up() -> None:
-    def near_one(x: Tensor, scale: float) -> Tensor:
-        return x if math.isclose(scale, 1.0) else x * scale * 2
-
-    def weak(x: Tensor, scale: float) -> Tensor:
-        return x * (1 + 1e-5 * exp(scale))  # below what a comparison with eager tells, at first
-
-    assert traces(near_one, *MANY) == len(MANY)
-    assert traces(weak, 0.1, 0.2, 0.3, 0.4, 0.5, 15.0) == 6
-    assert {type(each) for each in (math.isclose, math.exp, exp)} == {type(len)}  # as they were
+def near_one(x: Tensor, scale: float) -> Tensor:
+    return x if math.isclose(scale, 1.0) else x * scale * 2
 
 
-def test_what_is_baked_in_past_a_numbers_methods_is_noticed_at_the_next_value() -> None:
-    assert traces(past_its_methods, 0.7, 0.2, 1.0, 0.5) == 4 + 1  # that of the second value is not asked again
-    assert traces(past_its_methods, 0.7, 0.2, 1.0, 0.5, verify=False) == 4
+def weak(x: Tensor, scale: float) -> Tensor:
+    return x * (1 + 1e-5 * exp(scale))  # below what a comparison with eager tells, at first
+
+
+def of_struct(x: Tensor, scale: float) -> Tensor:
+    return x * struct.unpack("d", struct.pack("d", scale))[0] + array.array("d", [scale])[0]
+
+
+def of_numpy(x: Tensor, scale: float) -> Tensor:
+    limited = float(np.clip(scale, 0.0, 1.0)) + float(np.mean([scale, 1.0])) + float(np.asarray(scale))
+    return x * limited * (2.0 if np.float64(0.6) > scale else 1.0)
+
+
+def in_text(x: Tensor, scale: float) -> Tensor:
+    return x * len(f"{scale * 3}") * float("%.1f".__mod__(scale)) * float(format(scale, ".2f")) + {0.2: 5.0}.get(
+        scale, 2.0
+    )
+
+
+def of_floats_own_methods(x: Tensor, scale: float) -> Tensor:
+    return x * float.__add__(scale, 0.0) * (2.0 if json.dumps(scale) == "0.2" else 1.0)
+
+
+def of_exact_kinds(x: Tensor, scale: float) -> Tensor:
+    return x * (2.0 if fractions.Fraction(1, 2) > scale else 1.0) * (2.0 if decimal.Decimal("0.9") > scale else 1.0)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("use", [near_one, weak, of_struct, of_numpy, in_text, of_floats_own_methods, of_exact_kinds])
+def test_code_that_reads_a_number_without_asking_it_has_a_trace_for_each_value(use: Any, verify: bool) -> None:
+    assert traces(use, 0.7, 0.2, 1.0, 0.5, verify=verify) == 4
+
+
+def test_zero_has_a_sign_and_nothing_is_divided_by_it() -> None:
+    assert traces(lambda x, scale: x / scale, 0.0, -0.0, 2.0, -0.0, 0.0) == 3
+    assert traces(lambda x, scale: x * math.copysign(1.0, scale[0]), (0.0,), (-0.0,)) == 2
+    eager, compiled = pair(lambda x, scale: x * (1 / scale))
+    x = torch.randn(2, 6)
+    for scale in (0.5, 0.2, 0.1, 0.4, 0.3):
+        torch.testing.assert_close(compiled(x, scale), eager(x, scale))
+    with pytest.raises(ZeroDivisionError):
+        compiled(x, 0.0)
+    for net in (eager, compiled):
+        net.use, net.gain = lambda x, scale: torch.ones_like(x), 0.0
+    assert torch.equal(torch.signbit(compiled(x)), torch.signbit(eager(x)))
+    for net in (eager, compiled):
+        net.gain = -0.0
+    assert torch.equal(torch.signbit(compiled(x)), torch.signbit(eager(x)))
 
 
 def test_nobody_is_asked_where_nothing_is_compared_with_eager() -> None:
@@ -216,6 +255,17 @@ def test_what_disagrees_is_traced_for_each_value(monkeypatch: pytest.MonkeyPatch
     assert len(wrong) == 1  # nobody tries again
 
 
+@pytest.fixture
+def another_thread() -> Iterator[None]:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("another_thread")
 def test_a_number_of_another_thread_is_as_it_was() -> None:
     """While one thread traces, the numbers in the module's attributes are others; whoever reads them gets their values."""
     read: Any = queue.SimpleQueue()  # nobody looks inside of it for numbers
@@ -224,7 +274,8 @@ def test_a_number_of_another_thread_is_as_it_was() -> None:
         def look() -> None:
             net = compiled
             read.put((net.gain * 2, net.gain + 1.0, net.gain == 1.5, float(net.gain), bool(net.gain)))
-            read.put(tuple((torch.ones(2) * net.gain).tolist()))
+            read.put(tuple((torch.ones(2) * net.gain + torch.tensor([net.gain]) * 0).tolist()))
+            read.put((json.dumps(net.gain),))
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -240,7 +291,21 @@ def test_a_number_of_another_thread_is_as_it_was() -> None:
     found = [read.get() for _ in range(read.qsize())]
     assert {(3.0, 2.5, True, 1.5, True), (1.5, 1.5)} <= set(found)
     assert all(some in ((1.0, 1.0), (1.5, 1.5), (2.0, 2.0)) for some in found if len(some) == 2)
+    assert all(some[0] in ("1.0", "1.5", "2.0") for some in found if len(some) == 1)
     assert sfast.report(compiled).traces == 2
+
+
+@pytest.mark.usefixtures("another_thread")
+def test_where_other_threads_find_floats_every_value_is_compared() -> None:
+    """C code reads these, too, and bakes them in."""
+    eager, compiled = pair(lambda x, scale: x)
+    for net in (eager, compiled):
+        net.use = lambda x, scale, net=net: x if json.dumps(net.gain) == "1.0" else x + 1
+    x = torch.randn(2, 6)
+    for gain in (0.7, 0.2, 1.3, 0.4, 0.5, 1.0, 0.6):
+        for net in (eager, compiled):
+            net.gain = gain
+        torch.testing.assert_close(compiled(x), eager(x))
 
 
 def test_a_call_that_must_not_be_compiled_says_nothing_about_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
