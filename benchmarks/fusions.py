@@ -303,7 +303,7 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _doubled(value: object) -> object:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dtype == torch.int32:
         return value
     return value.to(torch.complex128) if value.is_complex() else value.double()
 

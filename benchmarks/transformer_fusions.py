@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from sfast.kernels import (
     linear_attention,
     linear_cat,
     linear_rounded,
+    linear_runs,
     linear_swiglu,
     modulate,
     rms_norm,
     rotary,
+    runs,
 )
 
 
@@ -38,11 +40,14 @@ ROWS = [(1, 4096, 3072), (1, 512, 3072), (1, 4608, 3072), (2, 4096, 1536), (1, 6
 # B, tokens of the text and of the image, H, D: FLUX, SD3.5, Qwen-Image, Z-Image (text and image are one), Wan
 HEADS = [(1, 512, 4096, 24, 128), (2, 333, 4096, 24, 64), (1, 128, 6889, 24, 128), (1, 0, 4192, 30, 128)]
 
+VIDEO = (9680, 3072)  # T, C of Wan 2.2 5B, 41 frames at 1280x704
+
 
 def transformer_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
     """Modulated norms, gated residuals, heads on their way to attention, and a projection of two tensors."""
     yield from row_cases(randn)
     yield from wide_cases(randn)
+    yield from run_cases(randn)
     yield from head_cases(randn)
     ops = torch.ops.sfast
 
@@ -128,11 +133,16 @@ def row_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case("gate_add", shape, ops.gate_add, modulate.gate_add_reference, sum_, 3 * elements, 0)
         name, both = "gate_rms_norm_add_rms_norm_scale", modulate.gate_rms_norm_add_rms_norm_scale_reference
         yield Case(name, shape, ops.gate_rms_norm_add_rms_norm_scale, both, scaled, 4 * elements, 0)
+        name, both = (
+            "tanh_" + name.replace("scale", "modulate"),
+            modulate.tanh_gate_rms_norm_add_rms_norm_modulate_reference,
+        )
+        yield Case(name, shape, getattr(ops, name), both, scaled, 4 * elements, 0)
 
 
 def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
     """A video whose every token has a modulation of its own, in fp32."""
-    ops, T, C = torch.ops.sfast, 9680, 3072
+    ops, (T, C) = torch.ops.sfast, VIDEO
 
     def gated() -> tuple:
         gate, scale, shift = randn(1, T, 6 * C, std=0.3).float().view(1, T, 6, C).unbind(2)[:3]
@@ -169,6 +179,55 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
     )
     reference = rotary.rotary_pairs_reference
     yield Case("rotary_pairs", f"1x{T}x24x128", ops.rotary_pairs, reference, turned, 2 * T * C, 0)
+
+
+def run_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """A video of a first frame that is given and ten that are drawn: the rows of an embedding are two runs."""
+    ops, K, (T, C) = torch.ops.sfast, 256, VIDEO
+    first = T // 11
+
+    def embedded() -> tuple:
+        given, drawn = randn(1, 2, K).float().chunk(2, 1)
+        return (torch.cat([given.expand(1, first, K), drawn.expand(1, T - first, K)], 1),)
+
+    def spread(x: Tensor) -> Tensor:
+        rows, run, _ = ops.runs(x)
+        return runs.spread(rows, run)
+
+    yield Case("runs", f"1x{T}x{K}", spread, lambda x: x.clone(), embedded, 2 * T * K, 0)
+    for D, wide in ((C, True), (6 * C, False)):
+
+        def factors(D: int = D, wide: bool = wide) -> tuple:
+            x, weight, bias = randn(1, T, C), randn(D, C, std=C**-0.5), randn(D)
+            count = torch.full((1,), 2, dtype=torch.int32, device=x.device)
+            factors = [each.float() for each in (x, weight, bias)] if wide else [x, weight, bias]
+            return *factors, count, False, x[0, 0] if wide else None
+
+        def some(*inputs: Any) -> Tensor:
+            return ops.linear_runs(*inputs)[:, :2]
+
+        def all_(*inputs: Any) -> Tensor:
+            return linear_runs.linear_runs_reference(*inputs)[:, :2]
+
+        yield Case("linear_runs", f"2 of {T}x{C}->{D}", some, all_, factors, D * C * (2 if wide else 1), 0)
+
+    def modulated() -> tuple:
+        table = randn(1, 1, 6 * C, std=0.3).float().view(1, 1, 6, C).chunk(6, 2)
+        each = randn(1, T, 6 * C, std=0.3).view(1, T, 6, C).chunk(6, 2)
+        run = (torch.arange(T, device=each[0].device) >= first).int()
+        modulation = (table[1], each[1], table[0], each[0], run)
+        return randn(1, T, C), randn(1, T, C), table[2], each[2], [C], None, None, 1e-6, *modulation
+
+    name, reference = "gate_add_layer_norm_modulate_runs", modulate.gate_add_layer_norm_modulate_sums_reference
+    yield Case(
+        name,
+        f"1x{T}x{C}",
+        ops.gate_add_layer_norm_modulate_runs,
+        modulate.of_runs(reference),
+        modulated,
+        4 * T * C,
+        0,
+    )
 
 
 def head_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:

@@ -20,6 +20,7 @@ def normalize(graph: Any) -> None:
     _drop_identities(graph, same_dtype=_keeps_dtype)  # before the types that it reads are erased
     _interleave(graph)
     _sum_parts(graph)
+    _add_numbers_last(graph)
     torch._C._jit_pass_erase_shape_information(graph)
     torch._C._jit_pass_inline(graph)
     torch._C._jit_pass_lower_all_tuples(graph)
@@ -159,6 +160,28 @@ def _sum_parts(graph: Any) -> None:
             old.replaceAllUsesWith(piece.output())
         unpack.destroy()
         node.destroy()
+
+
+def _add_numbers_last(graph: Any) -> None:
+    """`(1 + x).unsqueeze(d)` is `1 + x.unsqueeze(d)`, as most write it."""
+    written: frozenset[int] | None = None
+    for node in [node for node in graph.nodes() if node.kind() == "aten::unsqueeze"]:
+        total = node.inputsAt(0).node()
+        if total.kind() != "aten::add" or total.inputsSize() != 3 or len(total.output().uses()) != 1:
+            continue
+        x, *numbers = inputs_of(total)
+        if not all(map(is_constant, numbers)) or not isinstance(numbers[0].toIValue(), (int, float)):
+            continue
+        if written is None:
+            written = written_values(graph)
+        if x.unique() not in written:
+            node.replaceInput(0, x)
+            late = graph.create("aten::add", [node.output(), *numbers], 1)
+            late.insertAfter(node)
+            node.output().replaceAllUsesWith(late.output())
+            late.replaceInput(0, node.output())
+            late.output().setType(node.output().type())
+            total.destroy()
 
 
 def _chunks(graph: Any, node: Any, value: Any, unpack: Any) -> list[Any]:

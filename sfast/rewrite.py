@@ -171,7 +171,7 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
             yield from _solve(rest, {**bound, key: value}, pattern)
         return
     if node.kind() == "prim::Constant":
-        if is_constant(value) and _freeze(value.toIValue()) == _freeze(node.output().toIValue()):
+        if is_constant(value) and _is_same(value, node.output()):
             yield from _solve(rest, bound, pattern)
         return
     other = value.node()
@@ -189,6 +189,14 @@ def _solve(pairs: list[tuple[Any, Any]], bound: dict[int, Any], pattern: _Patter
         orders.append([inputs[1], inputs[0], *inputs[2:]])
     for order in orders:
         yield from _solve([*zip(wanted_inputs, order, strict=True), *rest], bound, pattern)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two constants are one; to a tensor of floating-point numbers, 1 and 1.0 are."""
+    numbers = [each.toIValue() for each in (a, b)]
+    if all(map(_is_number, (a, b))) and not any(isinstance(number, (bool, complex)) for number in numbers):
+        return bool(numbers[0] == numbers[1])
+    return _freeze(numbers[0]) == _freeze(numbers[1])
 
 
 def _is_number(value: Any) -> bool:

@@ -217,6 +217,22 @@ def test_a_field_switches_its_fusions_off() -> None:
     assert "attention" not in names and "conv2d_add" in names
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_number_that_is_added_before_a_dimension_is(writes: bool) -> None:
+    def forward(x: Tensor, emb: Tensor) -> Tensor:
+        emb = emb * 1.5
+        scale, shift = emb.chunk(2, dim=1)
+        factor = 1 + scale
+        if writes:
+            emb += 1  # what was added before it reads is not what is there after it
+        return F.layer_norm(x, [8]) * factor[:, None, :] + shift[:, None, :]
+
+    args = (V, torch.randn(2, 16))
+    traced = _trace(forward, args)
+    assert traced.fusions == ({"layer_norm": 1} if writes else {"layer_norm_modulate": 1})
+    _agrees(traced, forward, args)
+
+
 def test_a_norm_whose_factor_is_computed_is_no_rms_norm_with_a_weight() -> None:
     def forward(x: Tensor, scale: Tensor) -> Tensor:
         variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)

@@ -46,7 +46,7 @@ def _with_sum(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_rms_sum(total: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    return _normed(total, GB) * (1 + row), total
+    return _normed(total, GB) * row, total
 
 
 def _gate(row: Tensor) -> Tensor:
@@ -203,23 +203,44 @@ TRANSFORMER_CASES = [
     ),
     Case(
         "rms_norm_scale",
-        lambda x, r: _normed(x) * (1 + r),
+        lambda x, r: _normed(x) * r.cos(),
         twice(lambda x, r: _normed(x), lambda m: m * ROW),
         lambda x, r: _normed(x, power=4) * r,
         (V, ROW),
     ),
     Case(
+        "rms_norm_modulate",
+        lambda x, r: _normed(x) * (1.0 + r),
+        twice(lambda x, r: _normed(x), lambda m: m * (1 + ROW)),
+        lambda x, r: _normed(x) * (2 + r),
+        (V, ROW),
+    ),
+    Case(
         "gate_rms_norm_add",
-        lambda x, y, r: x + r.tanh() * _normed(y),
-        twice(lambda x, y, r: _normed(y), lambda m: V + ROW.tanh() * m),
+        lambda x, y, r: x + r.cos() * _normed(y),
+        twice(lambda x, y, r: _normed(y), lambda m: V + ROW * m),
         lambda x, y, r: torch.add(x, r * _normed(y), alpha=2),
         (V, V + 1, ROW),
     ),
     Case(
+        "tanh_gate_rms_norm_add",
+        lambda x, y, r: x + r.tanh() * _normed(y),
+        twice(lambda x, y, r: _normed(y), lambda m: V + ROW.tanh() * m),
+        lambda x, y, r: torch.add(x, r.tanh() * _normed(y), alpha=2),
+        (V, V + 1, ROW),
+    ),
+    Case(
         "gate_rms_norm_add_rms_norm_scale",
-        lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), r),
+        lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), r.cos()),
         twice(lambda x, y, r: r * _normed(y), lambda m: _with_rms_sum(V + m, ROW)),
         lambda x, y, r: _with_rms_sum(torch.add(x, r * _normed(y), alpha=2), r),
+        (V, V + 1, ROW),
+    ),
+    Case(
+        "tanh_gate_rms_norm_add_rms_norm_modulate",
+        lambda x, y, r: _with_rms_sum(x + _normed(y) * r.tanh(), 1 + r),
+        twice(lambda x, y, r: r.tanh() * _normed(y), lambda m: _with_rms_sum(V + m, 1 + ROW)),
+        lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), 2 + r),
         (V, V + 1, ROW),
     ),
     Case(

@@ -42,7 +42,10 @@ from sfast.fusions.modulate import (
     GATE_RMS_NORM_ADD_RMS_NORM_SCALE,
     LAYER_NORM_MODULATE,
     LAYER_NORM_WIDE,
+    RMS_NORM_MODULATE,
     RMS_NORM_SCALE,
+    TANH_GATE_RMS_NORM_ADD,
+    TANH_GATE_RMS_NORM_ADD_RMS_NORM_MODULATE,
 )
 from sfast.fusions.modulate_sums import MODULATE_SUMS
 from sfast.fusions.rotary import (
@@ -83,8 +86,11 @@ FUSIONS: list[Fusion] = [
     GATE_ADD_LAYER_NORM_MODULATE,  # the longest first; before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
     ADD_LAYER_NORM_MODULATE,
     LAYER_NORM_MODULATE,
-    GATE_RMS_NORM_ADD_RMS_NORM_SCALE,  # the longest first
+    TANH_GATE_RMS_NORM_ADD_RMS_NORM_MODULATE,  # the longest first
+    GATE_RMS_NORM_ADD_RMS_NORM_SCALE,
+    TANH_GATE_RMS_NORM_ADD,
     GATE_RMS_NORM_ADD,
+    RMS_NORM_MODULATE,
     RMS_NORM_SCALE,
     GATE_ADD,  # before ADD_LAYER_NORM, which would leave the product
     LINEAR_GEGLU,  # before LINEAR_GELU and LINEAR_SILU by habit only: their linears are read by the activation alone

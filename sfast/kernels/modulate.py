@@ -66,6 +66,16 @@ def rms_norm_scale_reference(x: Tensor, weight: Tensor, eps: float, scale: Tenso
     return F.rms_norm(x, weight.shape, weight, eps) * scale
 
 
+def tanh_gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
+    """x + tanh(gate) * rms_norm(y)."""
+    return gate_rms_norm_add_reference(x, y, weight_y, eps_y, gate.tanh())
+
+
+def rms_norm_modulate_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
+    """rms_norm(x) * (1 + scale)."""
+    return rms_norm_scale_reference(x, weight, eps, 1 + scale)
+
+
 def layer_norm_modulate_reference(
     x: Tensor,
     normalized_shape: list[int],
@@ -158,6 +168,7 @@ gate_add_layer_norm_modulate_wide_reference = then(gate_add_wide_reference, laye
 gate_add_layer_norm_sums_reference = then(gate_add_sums_reference, layer_norm_wide_reference)
 gate_add_layer_norm_modulate_sums_reference = then(gate_add_sums_reference, layer_norm_modulate_sums_reference)
 gate_rms_norm_add_rms_norm_scale_reference = then(gate_rms_norm_add_reference, rms_norm_scale_reference)
+tanh_gate_rms_norm_add_rms_norm_modulate_reference = then(tanh_gate_rms_norm_add_reference, rms_norm_modulate_reference)
 
 
 # ------------------------------------------------------------------------------------------------------------ the launch
@@ -182,6 +193,7 @@ class Job(NamedTuple):
     shift_more: Tensor | None = None
     run: Tensor | None = None  # of each token: the row, of those that are to be added, that is its
     one: bool = False  # scale by 1 + scale
+    tanh: bool = False  # gate by tanh(gate)
     rms: bool = False  # an RMSNorm instead of a LayerNorm
     wide: bool = False  # parameters, gate, scale and shift may be fp32
 
@@ -214,6 +226,7 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.SHIFT: job.shift is not None,
         bits.MORE: any(part is not None for part in job.more),
         bits.RUNS: job.run is not None,
+        bits.TANH: job.tanh,
     }
     block, pieces = tile(width)
     rows = max(1, WARP // block)
@@ -373,5 +386,14 @@ for _name, _first, _last, _reference in (
         _runs = f"{_name.removesuffix('_sums')}_runs({_arguments}, Tensor run)"
         _define(_runs, of_runs(_reference), one=True, wide=True)
 _define(f"rms_norm_scale({_X}, {_RMS})", rms_norm_scale_reference, rms=True)
+_define(f"rms_norm_modulate({_X}, {_RMS})", rms_norm_modulate_reference, rms=True, one=True)
 _define(f"gate_rms_norm_add({_RMS_Y})", gate_rms_norm_add_reference)
+_define(f"tanh_gate_rms_norm_add({_RMS_Y})", tanh_gate_rms_norm_add_reference, tanh=True)
 _define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", gate_rms_norm_add_rms_norm_scale_reference, rms=True)
+_define(
+    f"tanh_gate_rms_norm_add_rms_norm_modulate({_RMS_Y}, {_RMS})",
+    tanh_gate_rms_norm_add_rms_norm_modulate_reference,
+    rms=True,
+    one=True,
+    tanh=True,
+)

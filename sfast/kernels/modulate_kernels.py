@@ -11,7 +11,7 @@ from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
 # Bits of FLAGS: what there is.
-ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS = (1 << bit for bit in range(13))
+ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS, TANH = (1 << bit for bit in range(14))
 
 
 @triton.jit
@@ -24,6 +24,13 @@ def _load(
         at = (piece * BLOCK + lane)[None, :]
         pieces += (tl.load(rows + at, mask=live & (at < width), other=0),)  # type: ignore[assignment]
     return pieces
+
+
+@triton.jit
+def _tanh(x: tl.tensor) -> tl.tensor:
+    """Near 0 the first terms of its series: there the difference of two numbers would lose what it is to tell."""
+    square = x * x
+    return tl.where(square < 0.01, x * (1 - square * (1 / 3 - square * (2 / 15))), 2 * tl.sigmoid(2 * x) - 1)
 
 
 @triton.jit(do_not_specialize=["T", "blocks", "eps", "eps_y"])
@@ -123,6 +130,8 @@ def modulate_rows(
                 gates = g[piece].to(tl.float32)
                 if FLAGS & 2048 != 0:
                     gates += g_more[piece].to(tl.float32)
+                if FLAGS & 8192 != 0:  # TANH
+                    gates = _tanh(gates)
                 other = other * gates
             one += other
         if FLAGS & 8 != 0:  # TOTAL
