@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -69,18 +71,41 @@ def _install(modules: dict[str, torch.nn.Module], config: CompilationConfig, pic
             installed.remove()
         why = _unsupported(module)
         if why is not None:
-            fallback.note(name, f"stays eager: {why}")
+            _leave_out(name, module, why)
             continue
         try:
             component = Component(name, module, config, pictures)
         except Exception as error:  # weights without an address: sparse, or not initialized yet
             fallback.let_through(error)
-            first = str(error).strip().partition("\n")[0]
-            fallback.note(name, f"stays eager: {type(error).__name__}: {first}")
+            _leave_out(name, module, fallback.reason(error))
             continue
         component.install()
+        _forget([module])
         if config.enable_triton and MISSING is None and component.state.device.type == "cuda":
             prepare()  # while the model is traced
+
+
+def left_out(modules: Iterable[torch.nn.Module]) -> list[tuple[str, str]]:
+    """Name and reason of those of some modules that were to be compiled, and could not be."""
+    asked = list(modules)
+    return [(name, why) for ref, name, why in list(_left_out) if any(ref() is module for module in asked)]
+
+
+# No dictionary: modules may compare as they like.
+_left_out: list[tuple[weakref.ref[torch.nn.Module], str, str]] = []
+
+
+def _leave_out(name: str, module: torch.nn.Module, why: str) -> None:
+    told = (name, f"stays eager: {why}")
+    if told not in left_out([module]):
+        _forget([module])
+        _left_out.append((weakref.ref(module), *told))
+        fallback.logger.warning("%s: %s", *told)
+
+
+def _forget(modules: Iterable[torch.nn.Module]) -> None:
+    gone = [None, *modules]
+    _left_out[:] = [each for each in _left_out if not any(each[0]() is module for module in gone)]
 
 
 def _welcome(config: CompilationConfig, pipe: object, pictures: Pictures) -> None:
@@ -111,11 +136,13 @@ def restore(target: T) -> T:
     Raises:
         TypeError, ValueError: as `compile` does for something that cannot be compiled.
     """
-    for module in find_components(target).values():
+    modules = find_components(target).values()
+    for module in modules:
         installed = component_of(module)
         if installed is not None:
             installed.remove()
             installed.pictures.leave()
+    _forget(modules)
     leave(getattr(target, "scheduler", None))
     take_off_gpu(getattr(target, "image_processor", None))
     return target

@@ -24,8 +24,9 @@ def find_components(target: Any) -> dict[str, torch.nn.Module]:
         return _parts(type(target).__name__, target)
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
+        got = f"the class {target.__name__} itself" if isinstance(target, type) else type(target).__name__
         raise TypeError(
-            f"sfast.compile takes a diffusers pipeline or a torch.nn.Module, got {type(target).__name__}; "
+            f"sfast takes a diffusers pipeline or a torch.nn.Module, got {got}; "
             "a pipeline is what `DiffusionPipeline.from_pretrained(...)` returns."
         )
     found: dict[str, torch.nn.Module] = {}

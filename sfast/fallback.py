@@ -64,6 +64,8 @@ def reason(error: BaseException) -> str:
     # TorchScript tells its story bottom up: the cause stands in the last line, but for where it was in Python.
     lines = [line.strip() for line in str(error).strip().partition("\nAt:\n")[0].splitlines() if line.strip()]
     line = (lines[-1] if "TorchScript" in lines[0] else lines[0]) if lines else ""
+    if line.endswith(":") and line is not lines[-1]:  # a heading
+        line = f"{line} {lines[lines.index(line) + 1]}"
     return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"
 
 

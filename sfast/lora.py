@@ -56,6 +56,8 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
         raise TypeError(f"`pipe` must be a diffusers pipeline that can load LoRAs, got {type(pipe).__name__}.")
     if not isinstance(adapters, Mapping):
         raise TypeError(f"`adapters` must map names or files to strengths, got {type(adapters).__name__}.")
+    if wrong := [adapter for adapter in adapters if not isinstance(adapter, (str, os.PathLike))]:
+        raise TypeError(f"`adapters` must map names or files to strengths, got {wrong[0]!r} for a name or file.")
     strengths = [_checked(pipe, adapter, strength) for adapter, strength in adapters.items()]
     loaded = _loaded(pipe)
     names = [_name_of(adapter, loaded, options) for adapter in adapters]

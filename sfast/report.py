@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from sfast import fallback
+from sfast.compiler import left_out
 from sfast.component import Component, component_of
 from sfast.components import find_components
 from sfast.cuda_graph import pool_of
@@ -26,16 +27,20 @@ class Report:
     rows: list[tuple[str, int, int, int]] = dataclasses.field(repr=False, default_factory=list)
 
     def __str__(self) -> str:
+        if not self.components:
+            return "\n".join(["nothing is compiled: call `sfast.compile` first", *self._told()])
         width = max([len("component"), *map(len, self.components)])
         lines = [f"{'component':<{width}}  traces  graphs  fused"]
         lines += [f"{name:<{width}}  {traces:>6}  {graphs:>6}  {fused:>5}" for name, traces, graphs, fused in self.rows]
         if self.fusions:
             width = max(map(len, self.fusions))
             lines += ["", "fusions"] + [f"  {name:<{width}}  {count:>4}" for name, count in self.fusions.items()]
-        lines += ["", f"graph memory: {self.graph_memory / 2**20:.1f} MiB"]
-        lines += ["fallbacks: none"] if not self.fallbacks else ["fallbacks"]
-        lines += [f"  {what}: {why}" for what, why in self.fallbacks]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", f"graph memory: {self.graph_memory / 2**20:.1f} MiB", *self._told()])
+
+    def _told(self) -> list[str]:
+        if not self.fallbacks:
+            return ["fallbacks: none"]
+        return ["fallbacks", *[f"  {what}: {why}" for what, why in self.fallbacks]]
 
 
 def report(target: Any) -> Report:
@@ -45,7 +50,8 @@ def report(target: Any) -> Report:
         TypeError, ValueError: as `sfast.compile` does for something that cannot be compiled.
     """
     installed: list[Component] = []
-    for module in find_components(target).values():
+    modules = find_components(target).values()
+    for module in modules:
         component = component_of(module)
         if component is not None and component not in installed:  # one module may have several names
             installed.append(component)
@@ -62,7 +68,7 @@ def report(target: Any) -> Report:
         traces=sum(row[1] for row in rows),
         graphs=sum(row[2] for row in rows),
         fusions=dict(fusions.most_common()),
-        fallbacks=own + fallback.noted(),
+        fallbacks=left_out(modules) + own + fallback.noted(),
         graph_memory=sum(pool_of(device).memory() for device in devices),
         rows=rows,
     )

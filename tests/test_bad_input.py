@@ -62,7 +62,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("target", [None, 3, "runwayml/stable-diffusion-v1-5", [nn.Linear(2, 2)], nn.Linear])
 def test_what_is_no_pipeline_and_no_module_is_named(target: Any) -> None:
     for call in (sfast.compile, sfast.restore, sfast.report):
-        with pytest.raises(TypeError, match=type(target).__name__):
+        with pytest.raises(TypeError, match=f"got (the class )?{getattr(target, '__name__', type(target).__name__)}"):
             call(target)
 
 
@@ -78,7 +78,17 @@ def test_a_module_without_weights_stays_as_it_is(caplog: pytest.LogCaptureFixtur
     module = nn.SiLU()
     x = torch.randn(3)
     assert torch.equal(sfast.compile(module)(x), torch.nn.functional.silu(x))
+    sfast.compile(module)
     assert [record.getMessage() for record in caplog.records] == ["SiLU: stays eager: it has no weights"]
+    assert sfast.report(module).fallbacks == [("SiLU", "stays eager: it has no weights")]
+    assert sfast.report(nn.SiLU()).fallbacks == []  # which nobody has asked to compile
+    assert sfast.report(sfast.restore(module)).fallbacks == []
+
+
+def test_a_report_of_nothing_says_so() -> None:
+    net = nn.Linear(2, 2).eval()
+    assert str(sfast.report(net)).startswith("nothing is compiled")
+    assert str(sfast.report(sfast.compile(net))).startswith("component  traces")
 
 
 def test_weights_without_an_address_stay_eager_and_the_rest_is_compiled(
