@@ -16,6 +16,10 @@ PIPELINES = "diffusers.pipelines."  # how the names of their files' modules begi
 DEPTH = 16  # of the calls between a pipeline and its model
 BAR = "progress_bar"  # which every loop of diffusers makes for itself, and which ends with it
 CALLBACKS = ("callback_on_step_end", "callback")
+_TELLING = (BAR, "self", *CALLBACKS)
+_REFERENCES = (
+    3  # to a frame's copy: its own, ours, and the question's; another one is of somebody who called `locals()`
+)
 
 
 class Caller:
@@ -23,6 +27,7 @@ class Caller:
 
     def __init__(self) -> None:
         self._bar: Any = _nothing
+        self.loops = 0  # how many there have been; each call that comes from nowhere known counts as one
 
     def again(self) -> bool:
         """Whether it is the same one."""
@@ -30,17 +35,23 @@ class Caller:
         bar = names.get(BAR)
         same = bar is not None and self._bar() is bar
         if not same:
+            self.loops += 1
             self._bar = _nothing if bar is None or _has_others(names) else weakref.ref(bar)
         return same
 
 
 def _names(frame: FrameType | None) -> Mapping[str, Any]:
-    """What the innermost function of a pipeline that is at work knows by name."""
+    """What the innermost function of a pipeline that is at work knows by the names that tell."""
     for _ in range(DEPTH):
         if frame is None:
             break
         if str(frame.f_globals.get("__name__", "")).startswith(PIPELINES):
-            return frame.f_locals
+            known = frame.f_locals
+            names = {name: known[name] for name in _TELLING if name in known}
+            # Before Python 3.13 that is a copy, which stays with the frame: it would keep the last step's tensors alive.
+            if isinstance(known, dict) and sys.getrefcount(known) <= _REFERENCES:
+                known.clear()
+            return names
         frame = frame.f_back
     return {}
 

@@ -71,6 +71,7 @@ class Component(Override):
         self.lock = lock_of(module)
         self._active = True
         self._caller = Caller()
+        self._again: bool | None = None
         functools.update_wrapper(self, getattr(module, self._place), updated=())
 
     __dict__ = property(lambda self: {})  # what wraps us copies it, as functools.wraps does
@@ -134,6 +135,7 @@ class Component(Override):
 
     def _compiled(self, args: Any, kwargs: Any) -> Any:
         state = self.state
+        self._again = None
         state.picture = self.pictures.count
         state.adapters.begin(state.picture)
         if (why := why_eager()) is not None:
@@ -147,7 +149,7 @@ class Component(Override):
             return self._stay_eager(str(error))
         generation = state.generation
         ahead = self._run_ahead(args, kwargs, structure, tensors)
-        state.refresh(quick=state.adapters.present and self._caller.again())
+        state.refresh(quick=state.adapters.present and self._is_in_the_same_loop())
         if ahead is not None:
             if state.generation == generation:
                 return ahead.result()
@@ -216,7 +218,17 @@ class Component(Override):
     def decide(self, call: Call) -> None:
         """Have in a call's signature what Python will decide by the values of tensors, as far as that is known."""
         signature = call.signature[:4]
-        call.signature = *signature, self.decisions.taken(signature, self.state.weights, call.tensors)
+        call.signature = *signature, self.decisions.taken(signature, self.state.weights, call.tensors, self._loop)
+
+    def _is_in_the_same_loop(self) -> bool:
+        """Whether this call comes from the loop that the last one came from, asked once for each call."""
+        if self._again is None:
+            self._again = self._caller.again()
+        return self._again
+
+    def _loop(self) -> int:
+        self._is_in_the_same_loop()
+        return self._caller.loops
 
     def find_numbers(self, call: Call) -> Given | None:
         """The numbers of a call that are inputs, unless it was traced without any."""

@@ -23,6 +23,7 @@ from sfast.fallback import is_out_of_memory
 
 MAX_GUARDS = 4  # of one signature: different questions about values
 MAX_ANSWERS = 24  # of one signature: a trace for each length of a prompt
+SMALL = 2**14  # elements, of tensors on the host that are compared
 MAX_PROMPTS = 4  # whose answers are remembered: guidance calls with two or three in turn
 MAX_NUMBERS = 3  # where they are no integers: times and noise change at every call, a guidance scale does not
 USES = 3  # of each answer on average: then there may be more of them, since they do not change from call to call
@@ -50,15 +51,16 @@ class Guard:
     text: str  # equal texts compute the same
     where: str  # the model's line that asked first
     numbers: bool  # whether it asked for numbers with a fraction
-    _known: list[tuple[list[tuple[weakref.ref[torch.Tensor], int]], Hashable]] = dataclasses.field(default_factory=list)
+    _known: list[tuple[list[_Seen], Hashable]] = dataclasses.field(default_factory=list)
 
-    def values(self, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
-        """The values that decide; None where they cannot be computed, as on another way than the traced one."""
+    def values(self, weights: list[torch.Tensor], tensors: list[torch.Tensor], loop: int) -> Hashable:
+        """The values that decide; None where they cannot be computed, as on another way than the traced one.
+
+        `loop` is another one for each loop that calls come from.
+        """
         read = [tensors[i] for i in self.tensors] + [weights[i] for i in self.weights]
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in read]
         for known, values in self._known:
-            pairs = zip(known, read, versions, strict=True)
-            if all([ref() is tensor and version == now >= 0 for (ref, version), tensor, now in pairs]):
+            if all([seen.is_still(tensor, loop) for seen, tensor in zip(known, read, strict=True)]):
                 return values
         try:
             answers = self.compute(_on_the_host(weights, self.weights), _on_the_host(tensors, self.tensors))
@@ -67,9 +69,32 @@ class Guard:
             if is_out_of_memory(error):
                 raise
             values = None
-        last = [(weakref.ref(tensor), version) for tensor, version in zip(read, versions, strict=True)], values
-        self._known = [last, *self._known[: MAX_PROMPTS - 1]]
+        self._known = [([_Seen(tensor, loop) for tensor in read], values), *self._known[: MAX_PROMPTS - 1]]
         return values
+
+
+class _Seen:
+    """A tensor and what was in it.
+
+    What is written through `tensor.data` or NumPy has no version. So in another loop (or outside of any, where each call is
+    one) a small tensor on the host is compared, and of all others nothing is known: the guard waits for them as eager does.
+    """
+
+    def __init__(self, tensor: torch.Tensor, loop: int) -> None:
+        self._ref: weakref.ref[torch.Tensor] = weakref.ref(tensor)
+        self._version = -1 if tensor.is_inference() else tensor._version
+        self._loop = loop
+        small = tensor.is_cpu and tensor.numel() <= SMALL
+        self._copy = tensor.detach().clone() if small else None
+
+    def is_still(self, tensor: torch.Tensor, loop: int) -> bool:
+        """Whether it is the same one with the same in it."""
+        known = self._ref()
+        if known is None or known is not tensor or known.is_inference() or known._version != self._version:
+            return False
+        if self._loop != loop and self._copy is not None and torch.equal(self._copy, tensor):
+            self._loop = loop
+        return self._loop == loop
 
 
 def _on_the_host(tensors: list[torch.Tensor], places: list[int]) -> list[torch.Tensor]:
@@ -120,12 +145,14 @@ class Decisions:
         self._answers: dict[Hashable, set[Hashable]] = {}
         self._uses: Counter[Hashable] = Counter()  # of answers that were known
 
-    def taken(self, signature: Hashable, weights: list[torch.Tensor], tensors: list[torch.Tensor]) -> Hashable:
-        """What Python will decide at a call, as far as it is known what it asks."""
+    def taken(
+        self, signature: Hashable, weights: list[torch.Tensor], tensors: list[torch.Tensor], loop: Callable[[], int]
+    ) -> Hashable:
+        """What Python will decide at a call, as far as it is known what it asks; `loop` tells which one it comes from."""
         guards = self._guards.get(signature) if self._guards else None
         if not guards:
             return ()
-        answers = tuple([guard.values(weights, tensors) for guard in guards])
+        answers = tuple([guard.values(weights, tensors, loop()) for guard in guards])
         self._uses[signature] += answers in self._answers[signature]
         return answers
 

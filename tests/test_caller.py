@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import types
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 import sfast
 from sfast.adapter_weights import is_adapted
 from sfast.adapters import Adapters
+from sfast.caller import PIPELINES, Caller
 from tests import lora_files
 from tests.tiny import TINY, Pipeline
 
@@ -145,3 +149,25 @@ def test_a_loop_of_ones_own_is_looked_at_in_every_step(pipes: tuple[Pipeline, Pi
         outputs.append(both[0])
     assert looks[-4:] == [True] * 4
     assert isinstance(compiled, nn.Module)
+
+
+def test_a_look_keeps_nothing_of_the_loop_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.13 a frame keeps the copy of its variables that was asked for."""
+    code = """
+def loop(self, caller, kept):
+    progress_bar, latents, found = Bar(), torch.ones(3), []
+    mine = locals() if kept else None
+    for _ in range(3):
+        last = weakref.ref(latents)
+        found.append(caller.again())
+        latents = latents + 1
+        found.append(last() is None)
+    return found, mine
+"""
+    names: dict[str, Any] = {"__name__": f"{PIPELINES}invented", "torch": torch, "weakref": weakref, "Bar": Counter}
+    exec(code, names)
+    pipe = types.SimpleNamespace(scheduler=types.SimpleNamespace())
+    monkeypatch.setattr("sfast.caller._has_others", lambda names: names["self"] is not pipe)
+    assert names["loop"](pipe, Caller(), False) == ([False, True, True, True, True, True], None)
+    found, mine = names["loop"](pipe, Caller(), True)
+    assert found[::2] == [False, True, True] and mine["self"] is pipe  # somebody's own copy stays as it is

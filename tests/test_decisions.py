@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sfast
 from sfast.component import component_of
-from sfast.decisions import MAX_ANSWERS, MAX_NUMBERS
+from sfast.decisions import MAX_ANSWERS, MAX_NUMBERS, SMALL, Guard
 from sfast.structure import flatten
 from sfast.trace import Trace, trace
 
@@ -64,10 +65,10 @@ def _expected(model: Model, x: Tensor, mask: Tensor) -> Tensor:
 def test_a_guard_asks_what_python_asked(ask: Callable[[Tensor], Any], same: Tensor, another: Tensor) -> None:
     traced = _trace(lambda x: x + 1 if ask(x) else x, X)
     assert traced.guard is not None
-    values = traced.guard.values([], [X])
+    values = traced.guard.values([], [X], 0)
     assert values is not None
-    assert traced.guard.values([], [same]) == values
-    assert traced.guard.values([], [another]) != values
+    assert traced.guard.values([], [same], 0) == values
+    assert traced.guard.values([], [another], 0) != values
     assert len(traced.run([], [X])) == 1  # the values are no results
 
 
@@ -224,3 +225,34 @@ def test_a_question_that_makes_no_sense_on_another_way(device: str) -> None:
         x, mask = torch.randn(2, 3, device=device), torch.tensor(values, device=device)
         torch.testing.assert_close(model(x, mask), _expected(model, x, mask))
     assert len({id(traced) for known in component_of(model).traces.values() for traced in known}) == 3
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_written_past_versions_is_seen(verify: bool) -> None:
+    model = _compiled(lambda x, mask: x if bool(mask.all()) else x * mask * 5, verify=verify)
+    array = np.ones(3, dtype=np.float32)
+    for mask, by_numpy in ((torch.from_numpy(array), True), (torch.ones(3), False), (torch.ones(SMALL, 3), False)):
+        for value in (1.0, 0.0, 0.0, 1.0):
+            if by_numpy:
+                array.fill(value)
+            else:
+                mask.data.fill_(value)
+            torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
+    assert sfast.report(model).traces == 4  # masks of one and of two dimensions
+
+
+def test_a_guard_is_asked_once_in_a_loop_and_again_in_the_next() -> None:
+    asked: list[None] = []
+    guard = Guard(lambda own, given: (asked.append(None), [given[0].sum()])[1], [], [0], "", "", False)
+    small, large = torch.ones(3), torch.ones(SMALL + 1)
+    for loop, write, count in ((1, False, 1), (1, False, 1), (2, False, 1), (3, True, 2), (4, False, 2)):
+        if write:
+            small.numpy()[0] = 5.0
+        assert guard.values([], [small], loop) == (((), 7.0 if loop > 2 else 3.0),)
+        assert len(asked) == count
+    asked.clear()
+    for loop, count in ((1, 1), (1, 1), (2, 2), (2, 2)):
+        guard.values([], [large], loop)
+        assert len(asked) == count
+    large += 1
+    assert guard.values([], [large], 2) == (((), 2.0 * (SMALL + 1)),)

@@ -1,8 +1,10 @@
 """What a forward assigns and never reads again is no reason to stay eager; what it keeps for its next call is one."""
 
 import copy
+import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,15 +45,28 @@ class Kept(Rotary):
         return self.linear(x) * self.frequencies
 
 
+class Cached(Rotary):
+    """Only asks whether there is something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.cache is None else -x
+        self.cache = x * 1
+        return self.linear(x)
+
+
 def _of_a_library(kind: type[Rotary], monkeypatch: pytest.MonkeyPatch) -> Rotary:
-    for each in (Rotary, Remembers, Kept):
+    for each in (Rotary, Remembers, Kept, Cached):
         monkeypatch.setattr(each, "__module__", "diffusers.models.invented")
     torch.manual_seed(0)
     return kind().requires_grad_(False)
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize(("kind", "traces"), [(Rotary, 1), (Remembers, 0), (Kept, 1)])
+@pytest.mark.parametrize(("kind", "traces"), [(Rotary, 1), (Remembers, 0), (Kept, 1), (Cached, 0)])
 def test_a_module_that_changes_itself(
     kind: type[Rotary], traces: int, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,9 +101,60 @@ def test_what_somebody_else_keeps_in_a_module_stays_up_to_date(verify: bool, mon
     assert sfast.report(model).traces == 0
 
 
-@pytest.mark.parametrize("read", [bool, len, list, lambda x: x + 1, lambda x: x.shape, lambda x: isinstance(x, Tensor)])
-def test_nobody_reads_what_is_unreadable(read: Callable[[object], object]) -> None:
-    place = {"a": 1, "b": 2}
-    with pytest.raises(ReadFirst), unreadable([(place, "a")]):
-        read(place["a"])
-    assert list(place.items()) == [("a", 1), ("b", 2)]
+class Owner(Rotary):
+    """Attributes of both kinds, no other of that name behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note = 1.0
+
+    def __getattr__(self, name: str) -> Any:
+        return 1.0 if name == "usual" else super().__getattr__(name)
+
+
+READS: list[Callable[[Any, str], object]] = [
+    getattr,
+    hasattr,
+    lambda m, name: getattr(m, name, None),
+    lambda m, name: getattr(m, name) is None,
+    lambda m, name: isinstance(getattr(m, name), Tensor),
+    lambda m, name: -getattr(m, name),
+    lambda m, name: f"{getattr(m, name)}",
+]
+
+
+@pytest.mark.parametrize("name", ["note", "frequencies"])
+@pytest.mark.parametrize("read", READS)
+def test_nobody_reads_what_is_unreadable_but_other_threads(read: Callable[[Any, str], object], name: str) -> None:
+    owner = Owner()
+    before = getattr(owner, name)
+    found: list[object] = []
+    with unreadable([(owner, name)]):
+        thread = threading.Thread(target=lambda: found.append(getattr(owner, name)))
+        thread.start()
+        thread.join()
+        with pytest.raises(ReadFirst):
+            read(owner, name)
+    assert found == [before] and found[0] is before and getattr(owner, name) is before
+    assert torch.nn.Module.__getattr__.__name__ == "__getattr__" and list(dict(owner.named_buffers())) == [
+        "frequencies"
+    ]
+
+
+def test_what_was_assigned_is_read_and_forgotten() -> None:
+    owner = Owner()
+    before = owner.note, owner.frequencies
+    with unreadable([(owner, "note"), (owner, "frequencies")]):
+        owner.register_buffer("frequencies", torch.zeros(2), persistent=False)
+        assert owner.frequencies.shape == (2,)
+        owner.note, owner.frequencies = 2.0, torch.zeros(3)
+        assert owner.note == 2.0 and owner.frequencies.shape == (3,)
+    assert (owner.note, owner.frequencies) == (before[0], before[1])
+
+
+def test_what_a_class_would_answer_for_is_read() -> None:
+    owner = Owner()
+    owner.usual = 2.0
+    with pytest.raises(ReadFirst), unreadable([(owner, "usual")]):
+        pass
+    assert owner.usual == 2.0
