@@ -372,7 +372,9 @@ def test_what_is_asked_for_must_be_there(user: User, tmp_path: Path) -> None:
         user.swap({3: 1.0})  # type: ignore[dict-item]
     another = user.folder / "another.safetensors"
     lora_files.write(another, lora_files.draw(TINY["sdxl"].build(), {"unet": r"attn2\.to_k$"}), "peft")
-    with pytest.raises(ValueError, match=r"another\.safetensors` cannot be loaded.*: size mismatch for down_blocks\.0\."):
+    with pytest.raises(
+        ValueError, match=r"another\.safetensors` cannot be loaded.*: size mismatch for down_blocks\.0\."
+    ):
         user.swap({another: 1.0})
     assert_same(everything(user.pipe), before)
     nothing = user.folder / "nothing.safetensors"
