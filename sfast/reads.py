@@ -55,7 +55,7 @@ class Reads:
         self._harmless: set[tuple[int, bool]] = set()  # what `depends_on_values` has been through already
         self._thread = 0
         self._busy = False
-        self._given: list[tuple[Tensor, int]] | None = None  # sizes that the operator at work has read
+        self.given: list[tuple[Tensor, int]] | None = None  # sizes that the operator at work has read
 
     def start(self) -> None:
         """Watch the methods of tensors."""
@@ -82,8 +82,8 @@ class Reads:
             if self._busy or not is_traced_by(self._thread):
                 return method(x, *args, **kwargs)
             with self._noting():
-                if name == "__index__" and self._given is not None:
-                    self._given.append((x, _readers(x)))
+                if name == "__index__" and self.given is not None:
+                    self.given.append((x, _readers(x)))
                 else:
                     self._note([_QUESTIONS[name](x)], [] if name in _ABOUT_SIZES else [x])
                 return method(x, *args, **kwargs)
@@ -99,16 +99,20 @@ class Reads:
         if func in _ASK_THEMSELVES:
             with self._noting():
                 self._note(*_asked_by(func, args, kwargs))
-        before, self._given = self._given, None if hasattr(func, "__code__") else []
+        before, self.given = self.given, None if hasattr(func, "__code__") else []
         try:
             result = func(*args, **kwargs)
-            for x, readers in self._given or ():
-                if _readers(x) == readers:
-                    with self._noting():
-                        self._note([x.long()], [x])
+            self.note_given()
             return result
         finally:
-            self._given = before
+            self.given = before
+
+    def note_given(self) -> None:
+        """Note the sizes that the operator at work was given as numbers, and not as what the trace knows."""
+        for x, readers in self.given or ():
+            if _readers(x) == readers:
+                with self._noting():
+                    self._note([x.long()], [x])
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -130,6 +134,11 @@ class Reads:
             self.where = self.where or where()
         else:
             self.sizes += questions
+
+
+def asks(func: Any) -> bool:
+    """Whether a function of PyTorch's asks for something by itself."""
+    return func in _ONLY_REFUSE or func in _ASK_THEMSELVES
 
 
 def is_traced_by(thread: int) -> bool:

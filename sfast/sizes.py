@@ -28,14 +28,14 @@ _ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
     "__ceil__": (math.ceil, torch.ceil),
 }
 _DIVISIONS = frozenset((Tensor.div, Tensor.__rdiv__))
-_ARITHMETIC = _DIVISIONS.union(
+ARITHMETIC = _DIVISIONS.union(
     (Tensor.add, Tensor.sub, Tensor.__rsub__, Tensor.mul, Tensor.pow, Tensor.__rpow__, Tensor.neg, Tensor.abs),
     (Tensor.__floordiv__, Tensor.__rfloordiv__, Tensor.remainder, Tensor.__rmod__),
     (Tensor.lt, Tensor.le, Tensor.gt, Tensor.ge, Tensor.__eq__, Tensor.__ne__),
 )
 
 
-_CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
+CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
 
 
 class Sizes:
@@ -44,7 +44,7 @@ class Sizes:
     def __init__(self, reads: Reads, keep: bool = True) -> None:
         self._reads = reads
         self._keeps = keep  # or else all that Python makes of sizes are numbers
-        self._fractions: dict[int, Tensor] = {}  # of sizes, by their ids
+        self.fractions: dict[int, Tensor] = {}  # of sizes, by their ids
         self._thread = 0
         self._len: Callable[[Any], int] = getattr(builtins.len, "own", builtins.len)
 
@@ -73,10 +73,12 @@ class Sizes:
 
     def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
         """What an operator gives for numbers that Python would compute with in double precision; None for all others."""
-        if not self._keeps or func not in _ARITHMETIC or not all(map(self._is_number, args)):
+        if not self._keeps or func not in ARITHMETIC:
             return None
-        if func not in _DIVISIONS and not any([isinstance(x, float) or id(x) in self._fractions for x in args]):
-            return None  # integers
+        if func not in _DIVISIONS and not any([isinstance(x, float) or id(x) in self.fractions for x in args]):
+            return None  # integers, or no numbers
+        if not all(map(self._is_number, args)):
+            return None
         with torch._C.DisableTorchFunction():
             x, *others = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
             if func is Tensor.__rdiv__:  # it multiplies by 1 / x, which rounds twice
@@ -84,27 +86,27 @@ class Sizes:
             else:
                 result = func(x, *others)
         if result.is_floating_point():
-            self._fractions[id(result)] = result
+            self.fractions[id(result)] = result
         return result
 
     def tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """`torch.tensor` of sizes and numbers, put together by operators; None for everything else."""
-        plain = func in _CONSTRUCTORS and len(args) == 1 and kwargs.keys() <= {"dtype", "device"}
+        plain = func in CONSTRUCTORS and len(args) == 1 and kwargs.keys() <= {"dtype", "device"}
         parts = listed(args[0]) if plain and self._keeps else []
         if not any([isinstance(part, Tensor) for part in parts]) or not all(map(self._is_number, parts)):
             return None
-        whole = not any([isinstance(part, float) or id(part) in self._fractions for part in parts])
+        whole = not any([isinstance(part, float) or id(part) in self.fractions for part in parts])
         dtype = kwargs.get("dtype") or (torch.int64 if whole else torch.get_default_dtype())
         with torch._C.DisableTorchFunction():
             return _stacked(args[0]).to(kwargs.get("device") or torch.get_default_device(), dtype)
 
     def for_tensors(self, value: Any) -> Any:
         """An operator's argument: fractions of sizes are of the dtype that PyTorch gives them."""
-        if not self._fractions:
+        if not self.fractions:
             return value
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)([self.for_tensors(item) for item in value])
-        return value.to(torch.get_default_dtype()) if id(value) in self._fractions else value
+        return value.to(torch.get_default_dtype()) if id(value) in self.fractions else value
 
     def has(self, value: Any) -> bool:
         """Whether a value is a size, or computed from sizes."""
@@ -113,7 +115,7 @@ class Sizes:
     def _is_number(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return type(value) in (int, float)
-        if id(value) in self._fractions:
+        if id(value) in self.fractions:
             return True
         return value.dim() == 0 and value.dtype is torch.int64 and value.is_cpu and self._reads.of_sizes(value)
 

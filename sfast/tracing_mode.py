@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from sfast.decisions import Untraceable
-from sfast.reads import Reads, is_traced_by, where
-from sfast.sizes import Sizes
+from sfast.reads import Reads, asks, is_traced_by, where
+from sfast.sizes import ARITHMETIC, CONSTRUCTORS, Sizes
 
 
 class TracingMode(TorchFunctionMode):
@@ -38,13 +39,25 @@ class TracingMode(TorchFunctionMode):
         self._sizes = Sizes(self.reads, keep_sizes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = not hasattr(func, "__code__") and _is_plain(func) and not self._sizes.fractions
+        if plain and torch._C._functorch.maybe_current_level() is None:
+            # As `reads.call` does it, without another frame.
+            reads = self.reads
+            before, reads.given = reads.given, []
+            try:
+                result = func(*args, **(kwargs or {}))
+                if reads.given:
+                    reads.note_given()
+                return result
+            finally:
+                reads.given = before
         if func == self._data:
             return args[0].detach()
         if func in _ABOUT_MEMORY and _is_models(sys._getframe(1)):
             raise Untraceable(f"it asks what a tensor is a view of, or where it lies in memory: {where()}")
         if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
             raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {where()}")
-        if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _is_size(*args[1:2], **(kwargs or {})):
+        if func in _REPEAT and _is_size(*args[1:2], **(kwargs or {})):
             return _repeat_each(*args, **(kwargs or {}))
         if func in _TAKE_A_NUMBER or (func is torch.full and "dtype" in (kwargs or {})):
             args = tuple([int(arg) if isinstance(arg, bool) else arg for arg in args])
@@ -75,7 +88,8 @@ class TracingMode(TorchFunctionMode):
     def __enter__(self) -> TracingMode:
         self._thread = threading.get_ident()
         torch.is_inference_mode_enabled = self._is_inference_mode_enabled
-        torch.nn.Module.__call__ = _shorter(self._call, threading.get_ident())
+        if self._call is torch.nn.Module._wrapped_call_impl:  # or else it is somebody else's
+            torch.nn.Module.__call__ = _ShortCall(self._call, self._thread)
         self.reads.start()
         self._sizes.start()
         return super().__enter__()
@@ -95,6 +109,7 @@ _ABOUT_MEMORY = frozenset(
         *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn")],
     ]
 )
+_REPEAT = frozenset((torch.repeat_interleave, torch.Tensor.repeat_interleave))
 # Whose own affair it is.
 _OF_OPERATORS = ("torch.", "triton.", "sfast.", "xformers.", "flash_attn.")
 
@@ -112,15 +127,26 @@ _GLOBAL_HOOKS = [
 ]
 
 
-def _shorter(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """`Module.__call__` with fewer frames, for one thread and for modules where it would do nothing but call `forward`."""
+class _ShortCall:
+    """`Module.__call__` without a frame, for one thread and for modules where it would do nothing but call `forward`."""
 
-    def call_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and not any(map(module.__dict__.get, _HOOKS)) and not any(_GLOBAL_HOOKS):
-            return module.forward(*args, **kwargs)
-        return call(module, *args, **kwargs)
+    def __init__(self, call: Callable[..., Any], thread: int) -> None:
+        self._call = call
+        self._thread = thread
 
-    return call_forward if call is torch.nn.Module._wrapped_call_impl else call
+    def __get__(self, module: Any, kind: Any = None) -> Any:
+        if module is None:
+            return self
+        if (
+            threading.get_ident() == self._thread
+            and not any(map(module.__dict__.get, _HOOKS))
+            and not any(_GLOBAL_HOOKS)
+        ):
+            return module.forward
+        return functools.partial(self._call, module)
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__get__(module)(*args, **kwargs)
 
 
 def _is_basic(index: Any) -> bool:
@@ -141,6 +167,16 @@ def _repeat_each(
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     wide = x.unsqueeze(dim + 1).expand(*before, x.shape[dim], repeats, *after)
     return wide.reshape(*before, x.shape[dim] * repeats, *after)
+
+
+@functools.cache
+def _is_plain(func: Any) -> bool:
+    """Whether one of PyTorch's functions is neither mended nor asks for anything but sizes that it is given."""
+    mended = (
+        _ABOUT_MEMORY | _TAKE_A_NUMBER | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *CONSTRUCTORS, *ARITHMETIC}
+    )
+    known = func in mended or asks(func) or getattr(func, "__name__", "") == "__setitem__"
+    return not known and not isinstance(func, HigherOrderOperator)
 
 
 # The dtype of their results does not depend on their number's.
