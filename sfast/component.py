@@ -58,11 +58,11 @@ class Component(Override):
         self._draws = pictures is not None
         self.hoists = self._draws if config.enable_hoisting is None else config.enable_hoisting
         self.fallbacks: dict[str, None] = {}
-        self.traces: dict[Hashable, list[Trace | EagerCall]] = {}
+        self.traces: dict[tuple[Hashable, ...], list[Trace | EagerCall]] = {}  # by signature
         self.traced = 0  # how often, over the whole life
         self.uses = 0  # of traces
         self._version = self.state.version
-        self.plans: dict[Hashable, Plan] = {}
+        self.plans: dict[tuple[Hashable, ...], Plan] = {}
         self.decisions = Decisions()
         self.numbers = Numbers()
         self.placement = Placement()
@@ -270,6 +270,23 @@ class Component(Override):
         if call.given is not None:
             call.given.variant.checks += 1
             self.numbers.keep(call.exact, call.given, call.recording)
+
+    def make_room_for_a_trace(self) -> None:
+        """Forget what was traced first, and what is known of its kind alone."""
+        self._forget_traces([next(iter(self.traces))])
+        self.decisions.keep({signature[:4] for signature in self.traces})
+
+    def forget_undecided(self, call: Call) -> None:
+        """Python decides by values that nobody looks at any more: forget the traces that these would lead to."""
+        *kind, answers = call.signature
+        if not answers:
+            self._forget_traces([each for each in self.traces if each[:4] == tuple(kind) and each != call.signature])
+
+    def _forget_traces(self, signatures: list[tuple[Hashable, ...]]) -> None:
+        for signature in signatures:
+            del self.traces[signature]
+            for key in [key for key in self.plans if signature in (key, key[0])]:
+                launch.drop(self.plans.pop(key))
 
     def _forget(self) -> None:
         for plan in self.plans.values():

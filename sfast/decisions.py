@@ -174,6 +174,12 @@ class Decisions:
             del self._guards[signature]
             raise DecidesByValue(f"it decides in Python by values that change from call to call, {guard.where}")
 
+    def keep(self, kinds: set[tuple[Hashable, ...]]) -> None:
+        """Of no other signatures is anything traced any more."""
+        for known in (self._guards, self._answers, self._uses):
+            for kind in known.keys() - kinds:
+                del known[kind]
+
     def forget(self) -> None:
         """The module is another one."""
         self._guards.clear()

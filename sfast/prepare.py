@@ -98,6 +98,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
         except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
             component.decide(call)
+            component.forget_undecided(call)
             key = call.signature if call.given is None else _whatever_its_numbers(call)
             return _give_up(component, call, key, str(exception), check)
         except Exception as exception:
@@ -187,7 +188,7 @@ def _refuse(component: Component, call: Call, check: verify.Check) -> Any:
     return _give_up(component, call, call.key, check.refused, check)
 
 
-def _whatever_its_numbers(call: Call) -> Hashable:
+def _whatever_its_numbers(call: Call) -> tuple[Hashable, ...]:
     """A call's signature but for the numbers that are inputs, and for what Python decides by them."""
     assert call.given is not None
     return call.given.structure[0], call.exact[1], call.given.key, call.exact[3]  # type: ignore[index]
@@ -260,7 +261,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
 
     def fused() -> Trace:
         if full:
-            _make_room_for_a_trace(component)
+            component.make_room_for_a_trace()
         return traced("tracing and rewriting", component.fusions, config.enable_merged_linears)
 
     if call.given is not None:  # if they are no inputs after all, each value is traced
@@ -272,7 +273,7 @@ def _follows_numbers(component: Component, call: Call, made: Trace, recording: R
     """Whether a trace, given the numbers of the first, makes what the first one makes; for who does not ask eager."""
     assert call.given is not None
     signature, values, tensor = call.given.first
-    known = [traces for key, traces in component.traces.items() if key[:4] == signature]  # type: ignore[index]
+    known = [traces for key, traces in component.traces.items() if key[:4] == signature]
     if not known or not answers(recording.questions, values):
         return True
     drawn, weights, tensors = verify.random_state(component.state.device), component.state.weights, call.tensors[:-1]
@@ -294,7 +295,7 @@ def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
 def _of_the_same_answers(component: Component, call: Call) -> list[Trace | EagerCall]:
     """The traces of calls at which Python was told the same, newest first; then it may have asked fewer questions."""
     kind, answers = call.signature[:4], call.signature[4]
-    same = [signature for signature in component.traces if signature[:4] == kind]  # type: ignore[index]
+    same = [signature for signature in component.traces if signature[:4] == kind]
     same = [signature for signature in same if answers[: len(signature[4])] == signature[4]]  # type: ignore
     return [*dict.fromkeys(traced for signature in reversed(same) for traced in reversed(component.traces[signature]))]
 
@@ -304,15 +305,7 @@ def _make_room_for_a_plan(component: Component) -> None:
         launch.drop(component.plans.pop(next(iter(component.plans))))  # the oldest
 
 
-def _make_room_for_a_trace(component: Component) -> None:
-    """Forget what was traced first."""
-    oldest = next(iter(component.traces))
-    del component.traces[oldest]
-    for key in [key for key in component.plans if oldest in (key, key[0])]:  # type: ignore[index]
-        launch.drop(component.plans.pop(key))
-
-
-def _give_up(component: Component, call: Call, key: Hashable, why: str, check: verify.Check | None) -> Any:
+def _give_up(component: Component, call: Call, key: tuple[Hashable, ...], why: str, check: verify.Check | None) -> Any:
     component.note(f"runs eager {why}" if why.startswith("at ") else f"runs eager: {why}")
     component.plans[key] = Plan(None)
     return EAGER if check is None else check.give_back()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sfast
+from sfast import prepare
 from sfast.component import component_of
 from sfast.decisions import MAX_ANSWERS, MAX_NUMBERS, SMALL, Guard
 from sfast.structure import flatten
@@ -158,6 +159,23 @@ def test_values_that_change_at_every_call_end_in_eager_with_one_line(ask: Callab
         "runs eager: it decides in Python by values that change from call to call, test_decisions.py"
     )
     assert sfast.report(model).traces <= limit + 1
+    component = component_of(model)
+    assert component is not None and not component.traces  # nobody would ask for them again
+    assert [plan.call for plan in component.plans.values()] == [None]
+
+
+def test_with_its_last_trace_goes_what_a_kind_of_calls_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "MAX_TRACES", 2)
+    monkeypatch.setattr(prepare, "USES", 0)
+    model = _compiled(lambda y, mask: y * 2 if mask.all() else -y)
+    decisions = component_of(model).decisions
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64, torch.int32, torch.int64, torch.float32):
+            mask = torch.ones(3, dtype=dtype)
+            torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
+            for known in (decisions._guards, decisions._answers):
+                assert 1 <= len(known) <= 2
+    assert (sfast.report(model).traces, sfast.report(model).fallbacks) == (5, [])
 
 
 @pytest.mark.parametrize(("ask", "limit"), [(float, MAX_NUMBERS), (int, MAX_ANSWERS)])

@@ -104,6 +104,30 @@ def test_an_attribute_that_python_reads_is_part_of_the_key() -> None:
     assert state.key() == first  # what was traced for it serves again
 
 
+def test_settings_take_what_differs_and_those_of_another_version_go() -> None:
+    module, _ = _state()
+    for i, part in enumerate(module):
+        part.labels = {f"label {i}": "x" for i in range(200)}
+    module[1].factor = 0
+    state, names = ModuleState(module), {}
+    for factor in (0, 1, 2, 0, 1.0, True, 2, 0):
+        module[1].factor = factor
+        state.refresh()
+        names.setdefault(repr(factor), set()).add(state.key())
+    assert all(len(keys) == 1 for keys in names.values()) and len(set.union(*names.values())) == len(names) == 5
+    assert len(state._settings) == 5 and max(len(changed) for *_, changed in state._settings) == 2
+    module.append(nn.ReLU())
+    state.refresh()
+    assert state.version == 1 and len(state._settings) == 1
+    key = state.key()
+    module[1].factor = 7
+    state.refresh()
+    assert state.key() != key
+    module[1].factor = 0
+    state.refresh()
+    assert state.key() == key
+
+
 def test_what_the_forward_itself_changes_is_not_part_of_the_key() -> None:
     module, _ = _state()
     module[1].calls = 0

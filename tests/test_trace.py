@@ -1,6 +1,9 @@
 """One trace serves other shapes, values and weights; what a trace cannot know is refused or mended."""
 
+import ctypes
+import gc
 import math
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+import sfast
 from sfast.decisions import DecidesByValue, Untraceable
+from sfast.questions import FEW
 from sfast.structure import flatten
 from sfast.trace import Trace, is_tracing, trace
+from tests import tiny
 
 
 def _trace(module: Callable[..., Any], *args: Any, weights: list[Tensor] | None = None) -> tuple[Trace, list[Tensor]]:
@@ -54,6 +60,93 @@ def test_weights_are_inputs_and_never_copied() -> None:
         assert torch.equal(traced.run(weights, [x])[0], block(x))
         block.used.weight = nn.Parameter(torch.randn(4, 6))  # another object: passed like any input
         assert torch.equal(traced.run(list(block.parameters()), [x])[0], block(x))
+
+
+class Doubtful(nn.Module):
+    """Asks for sizes of what it computes, in a graph of many operators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(FEW // 2):
+            x = x * 1.5 + 0.25
+        return torch.cat(x.chunk(2)) if x.shape[0] > 2 else x
+
+
+def test_a_trace_keeps_no_graph_for_a_question_that_nobody_asks() -> None:
+    tensors = [torch.randn(4, 3)]
+    call = flatten(((tensors[0],), {}), [])
+    kept, dropped = (trace(Doubtful().forward, [], call, tensors, [], checked=checked) for checked in (False, True))
+    assert dropped.sizes is not None and dropped.sizes.make is None
+    assert dropped.fits([], tensors) is None
+    assert kept.sizes is not None and kept.sizes.make is not None
+    assert kept.fits([], tensors) is True and kept.fits([], [torch.randn(2, 3)]) is False
+    assert kept.sizes.make is None  # nor what the function was made of
+    for traced in (kept, dropped):
+        assert not any(node.sourceRange() for node in traced.graph.nodes())
+        assert torch.equal(traced.run([], tensors)[0], Doubtful()(*tensors))
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class _Malloc(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in ["arena", "n", "s", "h", "mapped", "us", "fs", "used", "free", "keep"]
+    ]
+
+
+@pytest.mark.skipif(not hasattr(_libc, "mallinfo2"), reason="another C library")
+def test_what_each_further_trace_keeps() -> None:
+    """Of a UNet's: 2 MiB, and it was 7 when each kept the graph as it was traced."""
+    assert _libc is not None
+    _libc.mallinfo2.restype = _Malloc
+    unet = sfast.compile(tiny.unet().eval().requires_grad_(False))
+    used = []
+    for setting in range(3):
+        unet.some_setting = setting
+        with torch.no_grad():
+            unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, unet.config.cross_attention_dim))
+        gc.collect()
+        held = _libc.mallinfo2()
+        used.append(held.used + held.mapped)
+    assert sfast.report(unet).traces == len(used)
+    assert used[2] - used[1] < 4 * 2**20
+
+
+class Alike(nn.Module):
+    """Weights of the same values in pairs: parameters, tensors among attributes, tensors of its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.tables = torch.ones(4), torch.ones(4)
+        for layer in self.layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (layer(norm(x)) + x for norm, layer in zip(self.norms, self.layers, strict=True))
+        return torch.cat([a * self.tables[0] * ONES[0], b * self.tables[1] - ONES[1]])
+
+
+ONES = torch.ones(4), torch.ones(4)
+
+
+def test_equal_weights_stay_two() -> None:
+    """Whatever merges the equal constants of a graph must not take weights for such: one may be edited alone."""
+    module = sfast.compile(Alike().requires_grad_(False))
+    x = torch.randn(2, 4)
+    pairs = [
+        (a, b)
+        for parts in (module.norms, module.layers)
+        for a, b in zip(*map(nn.Module.parameters, parts), strict=True)
+    ]
+    for weight in (one for pair in (*pairs, module.tables, ONES) for one in pair):
+        torch.testing.assert_close(module(x), Alike.forward(module, x))
+        weight.add_(torch.randn(weight.shape))
+        torch.testing.assert_close(module(x), Alike.forward(module, x))
+    assert (sfast.report(module).traces, sfast.report(module).fallbacks) == (1, [])
+    assert not torch.equal(*module.tables)
 
 
 def test_the_length_of_a_tensor_is_a_size() -> None:
