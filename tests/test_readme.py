@@ -48,6 +48,14 @@ def test_files_it_links_to_exist():
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
+def test_files_that_the_tour_of_the_code_names_exist():
+    named = re.findall(
+        r"`([\w./]+)`", " ".join(re.findall(r"^\| (`.+?) \|", (ROOT / "docs/code.md").read_text(), re.MULTILINE))
+    )
+    assert len(named) == len(set(named)) > 50
+    assert [name for name in named if not (ROOT / "sfast" / name).exists()] == []
+
+
 def test_commands_it_names_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= set(targets)
