@@ -59,14 +59,14 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
     if wrong := [adapter for adapter in adapters if not isinstance(adapter, (str, os.PathLike))]:
         raise TypeError(f"`adapters` must map names or files to strengths, got {wrong[0]!r} for a name or file.")
     strengths = [_checked(pipe, adapter, strength) for adapter, strength in adapters.items()]
-    loaded = _loaded(pipe)
-    names = [_name_of(adapter, loaded, options) for adapter in adapters]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`adapters` names the same adapter twice: {', '.join(map(str, adapters))}.")
-    if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
-        raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
     parts = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
     with locks_of(parts), gc_paused():
+        loaded = _loaded(pipe)
+        names = [_name_of(adapter, loaded, options) for adapter in adapters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`adapters` names the same adapter twice: {', '.join(map(str, adapters))}.")
+        if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
+            raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
         before = Undo(pipe, parts, _overwritten(pipe, parts))
         try:
             pairs = zip(adapters, names, strict=True)
