@@ -66,7 +66,8 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
         if len(set(names)) < len(names):
             raise ValueError(f"`adapters` names the same adapter twice: {', '.join(map(str, adapters))}.")
         if fused := sorted({name for layer in _layers(pipe) for name in layer.merged_adapters}):
-            raise ValueError(f"adapters are fused into the weights: {', '.join(fused)}; call `pipe.unfuse_lora()` first.")
+            names_of_fused = ", ".join(fused)
+            raise ValueError(f"adapters are fused into the weights: {names_of_fused}; call `pipe.unfuse_lora()` first.")
         before = Undo(pipe, parts, _overwritten(pipe, parts))
         try:
             pairs = zip(adapters, names, strict=True)

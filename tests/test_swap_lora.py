@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfast
-from sfast import inject
+from sfast import inject, locks
 from sfast.lora import _name_of
 from tests import lora_files
 from tests.lora_files import ATTENTION, EVERYTHING, FEED_FORWARD, PROMPT, TEXT
@@ -351,6 +353,29 @@ def test_ctrl_c(user: User, before: str, place: Any, name: str, times: int) -> N
     assert gc.isenabled()
     user.swap({one: 1.0, dora: 0.5})
     user.check({one: 1.0, dora: 0.5})
+
+
+def test_two_threads_ask_for_the_same_file(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "COURTESY", 0.05)
+    sfast.compile(user.pipe)
+    one, errors = user.file(BOTH, "one"), []
+
+    def swap() -> None:
+        try:
+            user.swap({one: 0.5})
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=swap)
+    with locks.lock_of(user.pipe.unet):
+        thread.start()
+        while not locks._queue:  # until it waits
+            time.sleep(0.001)
+        user.swap({one: 1.0})
+    thread.join()
+    assert errors == [] and len(user.names()) == 1
+    sfast.restore(user.pipe)
+    user.check({one: 0.5})
 
 
 def test_what_is_asked_for_must_be_there(user: User, tmp_path: Path) -> None:
