@@ -79,3 +79,37 @@ def test_other_convolutions_stay_with_the_reference(monkeypatch) -> None:
         assert torch.equal(ops.conv3d_bias(*inputs), conv3d.conv3d_bias_reference(*inputs))
     inputs = (x, weight, bias, torch.randn(24, 6, 5, 3), stride, padding, dilation, groups)
     assert torch.equal(ops.conv3d_add(*inputs), conv3d.conv3d_add_reference(*inputs))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+def test_filters_that_do_not_overlap_are_a_linear_layer_of_patches(layout, device, monkeypatch) -> None:
+    products = []
+    linear = conv3d.fastest_linear
+    monkeypatch.setattr(conv3d, "fastest_linear", lambda *given: products.append(given[0].shape) or linear(*given))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 5, 4, 6, 10).to(device, dtype).transpose(3, 4).contiguous().transpose(3, 4)
+        weight = (torch.randn(24, 5, 1, 2, 2) / 5).to(device, dtype, memory_format=layout)
+        inputs = (x, weight, torch.randn(24).to(device, dtype), [1, 2, 2], [0, 0, 0], [1, 1, 1], 1)
+        result = ops.conv3d_bias(*inputs)
+        assert_close_to_fp64(result, conv3d.conv3d_bias_reference, *inputs)
+        tokens = result.flatten(2).transpose(1, 2)
+        assert tokens.is_contiguous() and tokens.data_ptr() == result.data_ptr()
+        torch.library.opcheck(ops.conv3d_bias.default, inputs, test_utils=("test_schema", "test_faketensor"))
+    assert set(products) == {(2, 4, 3, 5, 20)}
+
+
+def test_filters_that_overlap_or_leave_something_out_are_no_linear_layer(device) -> None:
+    x, bias = torch.randn(1, 4, 4, 6, 6, device=device), torch.randn(8, device=device)
+    weight = torch.randn(8, 4, 1, 2, 2, device=device)
+    place = ([1, 2, 2], [0, 0, 0], [1, 1, 1], 1)
+    assert conv3d._takes_patches(x, weight, bias, *place)
+    for others in (
+        (x, weight, bias, [1, 1, 2], *place[1:]),
+        (x, weight, bias, place[0], [0, 1, 0], *place[2:]),
+        (x, weight, bias, *place[:2], [1, 2, 1], 1),
+        (x[..., :5], weight, bias, *place),
+        (x, weight[:, :2], bias, *place[:3], 2),
+        (x, weight.transpose(0, 1), bias[:4], *place),
+        (x.half(), weight, bias, *place),
+    ):
+        assert not conv3d._takes_patches(*others)
