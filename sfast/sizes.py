@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sfast.patches import is_users
 from sfast.reads import Reads, is_traced_by, listed
+from sfast.recording import Number
 
 _MODELS = ("diffusers.models.", "transformers.models.")
 _ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
@@ -27,6 +29,15 @@ _ROUNDING: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
     "__floor__": (math.floor, torch.floor),
     "__ceil__": (math.ceil, torch.ceil),
 }
+_SHOWN: dict[str, Callable[[Any], Any]] = {"__hash__": hash, "__repr__": repr}  # as those of the number
+# Of integers: what tensors compute only as long as it fits into 64 bits, and the right operands that it may have.
+LIMITED: dict[Any, tuple[Callable[[Any, Any], Any], range | None]] = {
+    Tensor.mul: (operator.mul, None),
+    **dict.fromkeys((Tensor.pow, Tensor.__pow__), (operator.pow, range(4))),
+    Tensor.__rpow__: (lambda x, y: y**x, range(0)),
+    **dict.fromkeys((Tensor.__lshift__, torch.bitwise_left_shift), (operator.lshift, range(17))),
+}
+LARGE = 2**40  # where tensors of sizes may overflow at other shapes, and Python does not
 _DIVISIONS = frozenset((Tensor.div, Tensor.__rdiv__))
 ARITHMETIC = _DIVISIONS.union(
     (Tensor.add, Tensor.sub, Tensor.__rsub__, Tensor.mul, Tensor.pow, Tensor.__rpow__, Tensor.neg, Tensor.abs),
@@ -53,14 +64,16 @@ class Sizes:
         self._thread = threading.get_ident()
         for name, rounded in _ROUNDING.items():
             setattr(Tensor, name, self._rounding(*rounded))
+        for name, shown in _SHOWN.items():
+            setattr(Tensor, name, self._showing(shown, getattr(getattr(Tensor, name), "own", getattr(Tensor, name))))
         self._files: list[dict[str, Any]] = []
         if self._keeps:
             builtins.len = self._length()
             files = [vars(module) for name, module in list(sys.modules.items()) if is_of_models(name, module)]
             self._files = [*{id(file): file for file in files}.values()]
-            kind = self._int()
+            names = self._kinds()
             for file in self._files:
-                file["int"] = kind
+                file.update(names)
 
     def stop(self) -> None:
         """Leave everything as it was."""
@@ -68,15 +81,21 @@ class Sizes:
         for name in _ROUNDING:
             if name in vars(Tensor):
                 delattr(Tensor, name)
+        for name in _SHOWN:
+            setattr(Tensor, name, getattr(getattr(Tensor, name), "own", getattr(Tensor, name)))
         for file in self._files:
-            file.pop("int", None)
+            for name in _NAMES:
+                file.pop(name, None)
 
-    def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
-        """What an operator gives for numbers that Python would compute with in double precision; None for all others."""
-        if not self._keeps or func not in ARITHMETIC:
+    def arithmetic(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What an operator gives for numbers that Python would compute with in double precision, or without any limit.
+
+        None for all others.
+        """
+        if not self._keeps or (func not in ARITHMETIC and func not in LIMITED):
             return None
         if func not in _DIVISIONS and not any([isinstance(x, float) or id(x) in self.fractions for x in args]):
-            return None  # integers, or no numbers
+            return self._large(func, args)  # integers, or no numbers
         if not all(map(self._is_number, args)):
             return None
         with torch._C.DisableTorchFunction():
@@ -88,6 +107,26 @@ class Sizes:
         if result.is_floating_point():
             self.fractions[id(result)] = result
         return result
+
+    def _large(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """The number that integers become where it is too large for a tensor: it is one for these sizes alone."""
+        if (
+            func not in LIMITED
+            or len(args) != 2
+            or not all(map(_may_be_whole, args))
+            or not all(map(self._is_number, args))
+        ):
+            return None
+        function, allowed = LIMITED[func]
+        with torch._C.DisableTorchFunction():
+            values = [torch._C.TensorBase.item(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        exact = function(*values)
+        if abs(exact) < LARGE and (allowed is None or values[1] in allowed):
+            return None
+        for arg in args:
+            if isinstance(arg, Tensor):
+                arg.item()  # which is noted
+        return exact
 
     def tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """`torch.tensor` of sizes and numbers, put together by operators; None for everything else."""
@@ -137,8 +176,21 @@ class Sizes:
         first_size.own = self._len  # type: ignore[attr-defined]
         return first_size
 
-    def _int(self) -> type[int]:
-        """`int`, but for sizes."""
+    def _showing(self, of_number: Callable[[Any], Any], of_tensor: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def show(x: Tensor, **options: Any) -> Any:
+            if (
+                is_traced_by(self._thread)
+                and (id(x) in self.fractions or x.dtype is torch.int64)
+                and self._is_number(x)
+            ):
+                return of_number(x.item())
+            return of_tensor(x, **options)
+
+        show.own = of_tensor  # type: ignore[attr-defined]
+        return show
+
+    def _kinds(self) -> dict[str, type]:
+        """`int`, but for sizes, and `type`, which calls them so."""
         sizes = self
 
         class Int(int, metaclass=_LikeInt):
@@ -147,7 +199,15 @@ class Sizes:
             def __new__(cls, value: Any = 0, *base: Any) -> Any:
                 return math.trunc(value) if sizes.has(value) else int(value, *base)
 
-        return Int
+        class Type(type, metaclass=_LikeType):
+            _int = Int
+
+        Int.__name__ = Int.__qualname__ = "int"
+        return {"int": Int, "type": Type}
+
+
+def _may_be_whole(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, Tensor) and not value.dim() and value.dtype is torch.int64)
 
 
 def _stacked(data: Any) -> Tensor:
@@ -172,7 +232,37 @@ class _LikeInt(type):
     def __eq__(cls, other: object) -> bool:
         return other is int or other is cls
 
-    __hash__ = type.__hash__
+    def __hash__(cls) -> int:
+        return hash(int)
+
+
+class _LikeType(type):
+    """Makes a class pass for `type`. The type of a size is `int`, and that of a number that is traced `float`."""
+
+    _int: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1:
+            return type(*args, **kwargs)
+        kind = type(args[0])
+        if kind is int or (kind is Tensor and isinstance(args[0], cls._int)):
+            return cls._int
+        return float if issubclass(kind, Number) else kind
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is type or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(type)
+
+
+_NAMES = ("int", "type")
 
 
 def is_of_models(name: str, module: Any) -> bool:
@@ -181,5 +271,5 @@ def is_of_models(name: str, module: Any) -> bool:
         return False
     names = getattr(module, "__dict__", {})
     # Where an interruption has kept `stop` from its work, ours may still be there.
-    free = "int" not in names or type(names["int"]) is _LikeInt
+    free = all(name not in names or type(names[name]) in (_LikeInt, _LikeType) for name in _NAMES)
     return free and not {"torch", "nn", "Tensor"}.isdisjoint(names)

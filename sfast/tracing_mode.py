@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfast.decisions import Untraceable
 from sfast.reads import Reads, asks, is_traced_by, where
-from sfast.sizes import ARITHMETIC, CONSTRUCTORS, Sizes
+from sfast.sizes import ARITHMETIC, CONSTRUCTORS, LIMITED, Sizes
 
 
 class TracingMode(TorchFunctionMode):
@@ -173,7 +173,9 @@ def _repeat_each(
 def _is_plain(func: Any) -> bool:
     """Whether one of PyTorch's functions is neither mended nor asks for anything but sizes that it is given."""
     mended = (
-        _ABOUT_MEMORY | _TAKE_A_NUMBER | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *CONSTRUCTORS, *ARITHMETIC}
+        _ABOUT_MEMORY
+        | _TAKE_A_NUMBER
+        | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *CONSTRUCTORS, *ARITHMETIC, *LIMITED}
     )
     known = func in mended or asks(func) or getattr(func, "__name__", "") == "__setitem__"
     return not known and not isinstance(func, HigherOrderOperator)

@@ -234,3 +234,35 @@ def test_integers_and_sizes_under_captured_graphs() -> None:
         torch.testing.assert_close(model(x, size), eager(x, size))
     report = sfast.report(model)
     assert (report.traces, report.graphs, report.fallbacks) == (1, 3, [])
+
+
+TABLE = {8: 2.0, 16: 3.0, (8, 8): 5.0}
+KIND = {int: 2.0}
+AS_NUMBERS: list[Callable[[int, int], Any]] = [
+    lambda h, w: TABLE.get(h, 7.0) + TABLE.get((h, w), 1.0) + (h in {16}),
+    lambda h, w: hash((h, w)) % 7,
+    lambda h, w: len(str(h)) + len(f"{h}x{w}") + len(repr((h, w))) + ("%d" % h == "8"),  # noqa: UP031
+    lambda h, w: (
+        (2 if type(h) is int else 3)
+        + KIND.get(type(h * 2), 0.0)
+        + (type(len(TABLE)) is int)
+        + (type(h) in (int, float))
+    ),
+    lambda h, w: (h**20 + h * 6364136223846793005 + 2**h + (h << 40) + h**-1 + h * -1) % 101,
+    lambda h, w: h**2 + 3 * h + (h << 1) + (type("Made", (), {})().__class__ is not None),
+]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("compute", AS_NUMBERS)
+def test_sizes_look_like_the_numbers_that_they_are(compute: Callable[[int, int], Any], verify: bool) -> None:
+    eager = Scaled(lambda x: x * compute(*x.shape[-2:]))
+    compiled = sfast.compile(copy.deepcopy(eager), sfast.CompilationConfig(verify=verify))
+    for h, w in ((12, 20), (8, 8), (16, 8), (10, 10), (8, 16), (123, 7), (8, 8)):
+        x = torch.randn(2, h, w)
+        torch.testing.assert_close(compiled(x), eager(x))
+    assert sfast.report(compiled).fallbacks == []
+    assert torch.Tensor.__hash__ is HASH and "int" not in globals() and "type" not in globals()
+
+
+HASH = torch.Tensor.__hash__
