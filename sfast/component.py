@@ -197,7 +197,7 @@ class Component(Override):
         device = self.state.device
         if device.type == "cuda":
             # A graph replays addresses on one device: scalars that schedulers keep on the CPU move over first.
-            tensors = [tensor if tensor.is_cuda else launch.over(tensor, device) for tensor in tensors]
+            tensors = [tensor if tensor.is_cuda else launch.to_device(tensor, device) for tensor in tensors]
         kinds = tuple([(tensor.dtype, tensor.device, tensor.dim(), tensor.requires_grad) for tensor in tensors])
         exact = structure, kinds, self.state.key(), environment(device.type)
         shapes = tuple([(tensor.shape, layout(tensor)) for tensor in tensors])

@@ -57,7 +57,7 @@ def run(component: Component, plan: Plan, tensors: list[torch.Tensor]) -> list[t
     return outputs
 
 
-def over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Pageable memory is read before the call returns; pinned memory while the caller may be writing to it again."""
     return tensor.to(device, non_blocking=not tensor.is_pinned())
 

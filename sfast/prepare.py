@@ -72,7 +72,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             if changed and check is None:
                 return prepare(component, call, _check(component, call))  # eager fills caches, where it is no more
             if changed:
-                component.state.is_restless()
+                component.state.mark_self_modifying()
                 return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
             if isinstance(traced, Trace) and traced.guard is not None:
                 component.decisions.learn(call.signature, traced.guard)
@@ -94,7 +94,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
             component.numbers.pin(call.given, pinned.places)
             return _without_numbers(component, call, check)
         except ReadFirst:
-            component.state.is_restless()
+            component.state.mark_self_modifying()
             return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
         except (Untraceable, ChangesContainers) as exception:  # so it does at every shape
             component.decide(call)

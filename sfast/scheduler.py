@@ -2,8 +2,8 @@
 
 A pipeline keeps its timesteps on the GPU. Schedulers that look a timestep up in a table, or ask whether it is below zero
 (DDIM, DDPM, PNDM, LCM, ...), wait three times a step until the GPU has computed everything before; then the GPU waits
-until the next step has been launched. So timesteps are set as tensors whose values the host knows, too (`known.py`), and a
-scheduler that is called with one gets the host's. The numbers are the same; a factor that a scheduler computes from one is
+until the next step has been launched. So timesteps are set as tensors whose values the host knows, too (`mirrored.py`), and
+a scheduler that is called with one gets the host's. The numbers are the same; a factor that a scheduler computes from one is
 not rounded to half precision before it is multiplied with the latents.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sfast.known import Known, known, on_host, plain
+from sfast.mirrored import Mirrored, mirror, on_host, plain
 from sfast.override import can_override, override_method, restore_method
 
 METHODS = (
@@ -64,7 +64,7 @@ def follow(scheduler: Any, others_compile: Callable[[], bool] = lambda: False) -
         return  # no scheduler of diffusers' kind, or done already, or somebody else's method is there
 
     def with_host(method: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Known) and arg.fresh()]
+        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Mirrored) and arg.fresh()]
         versions = [arg.host._version for arg in given]
         result = method(*map(on_host, args), **{name: on_host(arg) for name, arg in kwargs.items()})
         for arg, version in zip(given, versions, strict=True):
@@ -82,7 +82,7 @@ def leave(scheduler: Any) -> None:
     """Undo `follow`."""
     for name in (*METHODS, SET):
         restore_method(scheduler, name)
-    if isinstance(times := getattr(scheduler, "__dict__", {}).get("timesteps"), Known):
+    if isinstance(times := getattr(scheduler, "__dict__", {}).get("timesteps"), Mirrored):
         scheduler.timesteps = times.plain
 
 
@@ -90,10 +90,10 @@ def _set(others_compile: Callable[[], bool], method: Any, *args: Any, **kwargs: 
     """Have the timesteps known to the host, once for each loop."""
     result, scheduler = method(*map(plain, args), **kwargs), method.__self__
     times = vars(scheduler).get("timesteps")
-    if isinstance(times, torch.Tensor) and not isinstance(times, Known) and _is_away(times) and not others_compile():
+    if isinstance(times, torch.Tensor) and not isinstance(times, Mirrored) and _is_away(times) and not others_compile():
         with torch.inference_mode(False), torch.no_grad():
             times = times.clone() if times.is_inference() else times  # those do not count how often they are written to
-            scheduler.timesteps = known(times, times.cpu())
+            scheduler.timesteps = mirror(times, times.cpu())
     return result
 
 

@@ -28,7 +28,7 @@ from sfast.tree import Tree, exchanged, is_foreign, read
 from sfast.trial import Trial
 
 CHANGES_ITSELF = "it changes its own attributes at every call"
-MAX_UNREST = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
+MAX_SELF_CHANGES = 8  # how often a forward may exchange its own tensors and submodules before it is left alone
 MAX_ATTRIBUTES = 256  # settings of a module's attributes that are told apart; older ones are traced again
 
 
@@ -51,8 +51,8 @@ class ModuleState:
         self.picture = 0
         self._cannot_merge: str | None = None
         self.overwritten: list[Place] = []  # attributes that the forward assigns before it reads them
-        self._unrest = 0  # how often the forward itself made a new version, or others changed what it read
-        self._restless: Hashable = None  # the code that changes what it reads at every call
+        self._self_changes = 0  # how often the forward itself made a new version, or others changed what it read
+        self._self_modifying: Hashable = None  # the code that changes what it reads at every call
         self._own: set[str] = set()  # attributes that the forward itself changes: counters, sizes of caches
         self._usual: dict[str, Hashable] = {}  # all attributes, as they were when this version began
         self._settings: dict[Hashable, int] = {}  # short names for settings of those that are not its own
@@ -144,7 +144,7 @@ class ModuleState:
                 own.add(path)
             else:
                 others = True
-        self._unrest += self.version != version or others
+        self._self_changes += self.version != version or others
         if own:
             self._own |= own
             self._name_setting(self._tree, None if others else name)
@@ -171,10 +171,10 @@ class ModuleState:
         before, self.overwritten = self.overwritten, places or []
         return len(self.overwritten) > len(before)
 
-    def is_restless(self) -> None:
+    def mark_self_modifying(self) -> None:
         """The forward changes itself, and that matters: leave it alone, as long as it is the same."""
         self.overwritten = []
-        self._restless = self._layout_of_code(self._tree)
+        self._self_modifying = self._layout_of_code(self._tree)
 
     def key(self) -> Hashable:
         """What a trace must agree on with the module besides the version: attributes."""
@@ -213,9 +213,9 @@ class ModuleState:
             return self._cannot_merge
         if any(map(_TRAINING, self._tree.modal)) and any(map(_is_random_or_learns, self._tree.modal)):
             return "the module is in training mode; call .eval() first"
-        if self._unrest > MAX_UNREST:
+        if self._self_changes > MAX_SELF_CHANGES:
             return "its forward exchanges its own tensors or submodules again and again"
-        if self._restless is not None and self._restless == self._layout_of_code(self._tree):
+        if self._self_modifying is not None and self._self_modifying == self._layout_of_code(self._tree):
             return CHANGES_ITSELF
         if self.device.type == "meta":
             return "its weights are on the meta device"

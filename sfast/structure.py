@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sfast.known import Known, plain
+from sfast.mirrored import Mirrored, plain
 from sfast.patches import is_users
 
 
@@ -34,7 +34,7 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 PLAIN = _VALUES + _CODE
 # Equal values of one of these types are the same to everybody; of an `int` or `float`, most are.
 _EXACT = frozenset((type(None), bool, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout))
-_TENSORS = (torch.Tensor, torch.nn.Parameter, Known)  # whoever has made another one may do anything in its operators
+_TENSORS = (torch.Tensor, torch.nn.Parameter, Mirrored)  # whoever has made another one may do anything in its operators
 
 TENSOR = ("tensor",)  # the place of one tensor in a description
 SIZE = ("size",)  # and of an integer that may be a size: that of a tensor with nothing in it, which stands for it

@@ -49,10 +49,10 @@ def right() -> Tensor:
 
 @pytest.fixture
 def pipe() -> Iterator[Pipeline]:
-    op.wake()
+    op.enable_again()
     choice.forget()
     yield TEXT_TO_IMAGE.build()
-    op.wake()
+    op.enable_again()
     choice.forget()
 
 

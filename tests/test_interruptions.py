@@ -145,7 +145,7 @@ def test_what_a_handler_raises_in_a_kernel_is_no_failure_of_the_kernel(
         with pytest.raises(TimeIsUp):
             draw(pipe)
     draws(pipe, right)
-    assert said() == [] and op._resting == set()
+    assert said() == [] and op._disabled == set()
 
 
 @pytest.mark.gpu

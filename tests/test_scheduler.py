@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sfast
 from sfast import CompilationConfig
-from sfast.known import Known, known
+from sfast.mirrored import Mirrored, mirror
 from sfast.override import MethodOverride
 from sfast.scheduler import follow, leave
 from tests import tiny
@@ -60,7 +60,7 @@ def test_a_scheduler_gets_what_the_host_knows() -> None:
     scheduler.set_timesteps(4)
     x = torch.randn(1, 4, 2, 2)
     for t in scheduler.timesteps:
-        assert isinstance(t, Known)
+        assert isinstance(t, Mirrored)
         scheduler.step(x, t, x)
         assert got[-1] is t.host
     scheduler.timesteps.sub_(7)
@@ -77,7 +77,7 @@ def test_timesteps_count_how_often_they_are_written_to_also_in_inference_mode() 
     with torch.inference_mode():
         scheduler.set_timesteps(4)
         t = scheduler.timesteps[1]
-        assert isinstance(t, Known) and t.fresh()
+        assert isinstance(t, Mirrored) and t.fresh()
         scheduler.timesteps[1:].sub_(7)
         assert not t.fresh() and not torch.is_grad_enabled()
 
@@ -104,7 +104,7 @@ def test_pipelines_draw_the_same_from_timesteps_that_the_host_knows(name: str) -
 
     drawn = tiny.TINY[name].draw(pipe, output_type="latent", callback_on_step_end=watch)
     torch.testing.assert_close(drawn, tiny.TINY[name].draw(eager, output_type="latent"), rtol=1e-3, atol=1e-4)
-    assert seen == [Known] * 3
+    assert seen == [Mirrored] * 3
 
 
 def test_schedulers_of_flow_matching_are_followed_though_they_scale_no_input() -> None:
@@ -282,7 +282,7 @@ def test_what_a_scheduler_writes_to_its_timestep_the_loop_sees() -> None:
     scheduler = WritesToItsTimestep()
     follow(scheduler)
     on_gpu = torch.tensor([666, 333])
-    times: Any = known(on_gpu, on_gpu.clone())
+    times: Any = mirror(on_gpu, on_gpu.clone())
     first = times[0]
     scheduler.scale_model_input(torch.zeros(1), first)
     assert on_gpu.tolist() == [664, 333] and int(first) == 664 and int(times[0]) == 664

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sfast.component import component_of
-from sfast.known import Known
 from sfast.loop import Loop
+from sfast.mirrored import Mirrored
 from sfast.override import MethodOverride
 from tests.lora_user import STEPS, User, own_fallbacks, owners, use_two
 from tests.test_image_transformer_pipelines import Reading, check, draw, draw_and_read
@@ -155,7 +155,7 @@ class Waits(Reading):
     """Reads that are not answered by what the host knows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Known) and args[0].fresh():
+        if args and isinstance(args[0], Mirrored) and args[0].fresh():
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -164,7 +164,7 @@ def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: Use
     assert isinstance(user.pipe.scheduler.step, MethodOverride)
     waits = Waits()
     draw_and_read(user, waits, waits=user.name.startswith(WAITING))
-    assert isinstance(user.pipe.scheduler.timesteps, Known)
+    assert isinstance(user.pipe.scheduler.timesteps, Mirrored)
     assert [len(step) for step in waits.steps[1:-1]] == [ON_HOST.get(user.name, 0)] * (STEPS - 1), waits.steps
 
 

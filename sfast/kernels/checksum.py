@@ -20,7 +20,7 @@ WORD = 4  # bytes
 PARTS = 32  # programs for each tensor
 MOST = 2**31 * WORD  # bytes of a tensor
 
-_resting: set[torch.device] = set()  # the kernel has failed there in this process
+_disabled: set[torch.device] = set()  # the kernel has failed there in this process
 
 
 def takes(tensor: Tensor) -> bool:
@@ -39,7 +39,7 @@ def takes(tensor: Tensor) -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernel can run there."""
-    return device not in _resting and _can_run(device)
+    return device not in _disabled and _can_run(device)
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def checksums(spans: Tensor) -> Tensor | None:
         raise
     except Exception as error:
         let_through(error)
-        _resting.add(device)
+        _disabled.add(device)
         note(f"kernel checksums on {device}", f"runs as plain PyTorch: {first_line(error)}")
         return None
 

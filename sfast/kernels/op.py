@@ -3,7 +3,7 @@
 An operator has three parts. The *reference* is plain PyTorch: it defines the result, it is the pattern that fusions look
 for, and it runs wherever the kernel cannot. `supports` says, from the inputs alone and without touching the GPU, whether
 the kernel can take them. `launch` runs the kernel. If a launch raises (a broken compiler, a corrupt kernel cache, a GPU
-that the kernel does not fit), that is noted once, the kernel rests for that dtype and device, and the reference answers.
+that the kernel does not fit), that is noted once, it is disabled for that dtype and device, and the reference answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sfast.kernels.precompile import left_out
 LIBRARY = torch.library.Library("sfast", "FRAGMENT")
 
 # (operator, dtype, device) whose kernel has failed in this process
-_resting: set[tuple[str, torch.dtype, torch.device]] = set()
+_disabled: set[tuple[str, torch.dtype, torch.device]] = set()
 
 
 def define(
@@ -40,7 +40,7 @@ def define(
         if not supports(*args):
             return reference(*args)
         key = (name, args[0].dtype, args[0].device)
-        if key in _resting:
+        if key in _disabled:
             return reference(*args)
         try:
             before = left_out()
@@ -57,7 +57,7 @@ def define(
             let_through(error)
             # A native op that says no means this shape alone, and memory may be there again at the next call.
             if not str(error).startswith("sfast_native") and not is_out_of_memory(error):
-                _resting.add(key)
+                _disabled.add(key)
             what = f"kernel {name} for {args[0].dtype} on {args[0].device}"
             note(what, f"runs as plain PyTorch: {first_line(error)}")
             return reference(*args)
@@ -90,6 +90,6 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def wake() -> None:
+def enable_again() -> None:
     """Let every kernel that has failed try again."""
-    _resting.clear()
+    _disabled.clear()

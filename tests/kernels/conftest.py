@@ -36,11 +36,11 @@ def falls_back() -> None:
 def no_fallback(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test whose kernel fell back, unless it asks for `falls_back`."""
     fallback.forget()
-    op.wake()
+    op.enable_again()
     yield
     notes = fallback.noted()
     fallback.forget()
-    op.wake()
+    op.enable_again()
     assert "falls_back" in request.fixturenames or notes == []
 
 

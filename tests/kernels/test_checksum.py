@@ -81,7 +81,7 @@ def test_what_the_kernel_does_not_take(device: torch.device) -> None:
 
 def test_a_kernel_that_fails_rests(device: torch.device, falls_back: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksum, "_checksums", None)
-    monkeypatch.setattr(checksum, "_resting", set())
+    monkeypatch.setattr(checksum, "_disabled", set())
     assert checksum.runs_on(device)
     assert checksum.checksums(checksum.table([torch.zeros(4, device=device)])) is None
     assert not checksum.runs_on(device)

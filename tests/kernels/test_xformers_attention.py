@@ -19,7 +19,7 @@ from sfast.kernels import op, xformers_attention
 def fresh() -> Iterator[None]:
     def forget() -> None:
         xformers_attention._memory_efficient_attention.cache_clear()
-        op.wake()
+        op.enable_again()
         fallback.forget()
 
     forget()

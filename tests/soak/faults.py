@@ -150,7 +150,7 @@ def triton_fails(pair: Pair, rng: random.Random) -> str:
             return pair.draw(pipe)
         finally:
             JITFunction.run = original
-            op.wake()
+            op.enable_again()
 
     pair.compare(faulty)
     return "every launch"

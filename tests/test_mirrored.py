@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfast.known import Known, known, on_host, plain
+from sfast.mirrored import Mirrored, mirror, on_host, plain
 from sfast.structure import flatten
 
 TIMES = (999.0, 875.0, 500.0, 0.0)
@@ -20,7 +20,7 @@ TIMES = (999.0, 875.0, 500.0, 0.0)
 def times() -> Any:
     """On the host other values than on the "GPU", to tell who has answered."""
     values = torch.tensor(TIMES)
-    return known(values, values + 1)
+    return mirror(values, values + 1)
 
 
 COMPUTED: list[Callable[[Any], Any]] = [
@@ -49,7 +49,7 @@ COMPUTED: list[Callable[[Any], Any]] = [
 def test_what_is_computed_from_them_alone_is_known_in_both_places(compute: Callable[[Any], Any]) -> None:
     t = times()
     result = compute(t)
-    assert isinstance(result, Known)
+    assert isinstance(result, Mirrored)
     assert torch.equal(result.plain, compute(torch.tensor(TIMES)))
     assert torch.equal(result.host, compute(torch.tensor(TIMES) + 1))
 
@@ -130,6 +130,6 @@ def test_what_was_written_to_is_read_where_it_is(write: Callable[[Any], Any]) ->
 def test_in_inference_mode_what_does_not_count_writes_stays_an_ordinary_tensor() -> None:
     t = times()
     with torch.inference_mode():
-        assert type(known(torch.ones(2), torch.ones(2))) is Tensor
+        assert type(mirror(torch.ones(2), torch.ones(2))) is Tensor
         assert t[1].item() == 876  # a view of what counts
         assert type(t[1] / 2) is Tensor and float(t[1] / 2) == 437.5
