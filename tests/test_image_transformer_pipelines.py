@@ -238,7 +238,7 @@ def draw_and_read(user: User, reading: Reading, waits: bool) -> None:
 
     try:
         with pytest.MonkeyPatch.context() as patch, reading:
-            patch.setattr("sfast.component.why_eager", lambda: None, raising=False)  # a mode that only looks on
+            patch.setattr("sfast.component.why_eager", lambda: None)  # a mode that only looks on
             drawn = user.twin.draw(user.pipe, steps=STEPS, **at_each_step(user.pipe, ended))
     finally:
         if watched:
