@@ -65,11 +65,6 @@ class Adapters:
         """Whether there are any, active or not."""
         return bool(self._layers)
 
-    @property
-    def at_work(self) -> bool:
-        """Whether there are any, or were at the last call."""
-        return bool(self._layers or self._merged)
-
     def begin(self, picture: int) -> None:
         """A call begins: have the GPU find out what `changed` will ask for, before it is given anything else to do."""
         if self._layers and picture != self._picture and not self.dirty and self._look() == self._seen:

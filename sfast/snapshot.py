@@ -1,4 +1,4 @@
-"""Many dictionaries that are alike, and what stood in each of them under every name: told again in C, name by name.
+"""What stood in many dictionaries that are alike: whether it still stands there is told in C, name by name.
 
 Adapters bring some ten small containers to each of many hundred layers, and at every call they are asked whether the
 very same objects still stand in them. That takes as long as it takes to touch their memory, so each is touched once.

@@ -55,8 +55,8 @@ class Tree:
     unread: list[Any] = dataclasses.field(default_factory=list)  # functions and classes that have not
     objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
-    columns: Snapshot = dataclasses.field(default_factory=Snapshot)  # which adapters are active, and how strongly
-    factors: Snapshot = dataclasses.field(default_factory=Snapshot)  # the modules and tensors that they are made of
+    adapters: Snapshot = dataclasses.field(default_factory=Snapshot)  # which adapters are active, and how strongly
+    adapter_parts: Snapshot = dataclasses.field(default_factory=Snapshot)  # the modules and tensors that they are made of
 
     def same(self, quick: bool = False) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops.
@@ -75,8 +75,8 @@ class Tree:
         return (
             all(map(operator.is_, live, self.contents))
             and all(map(operator.is_, got, self.got))
-            and self.columns.same()
-            and (quick or self.factors.same())
+            and self.adapters.same()
+            and (quick or self.adapter_parts.same())
         )
 
     def shared(self) -> set[int]:
@@ -274,26 +274,26 @@ _OF_WRAPPERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scal
 
 def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch.nn.Module) -> None:
     """Watch what the sum of a layer and its adapters is made of, and no more: there may be many hundred such layers."""
-    place, columns = wrapper.__dict__, tree.columns
+    place, used = wrapper.__dict__, tree.adapters
     names = [name for name in _OF_WRAPPERS if name in place]
-    columns.add(place, names)
+    used.add(place, names)
     tensors: list[torch.Tensor] = []
     for name in names:
         value = place[name]
         if isinstance(value, dict):  # also while it is empty: every new adapter has a scaling
-            columns.add(value, value)
-            columns.add_size(value)
+            used.add(value, value)
+            used.add_size(value)
             tensors += [item for item in value.values() if isinstance(item, torch.Tensor)]
         elif isinstance(value, list):
-            columns.add_list(value)
+            used.add_list(value)
     pending = [wrapper]
     while pending:
         module = pending.pop()
         for entries in (module._parameters, module._buffers, module._modules):
             if entries:
-                tree.factors.add(entries, [name for name, value in entries.items() if not _is_empty(value)])
+                tree.adapter_parts.add(entries, [name for name, value in entries.items() if not _is_empty(value)])
                 if "scaling" not in place:  # which says how many adapters there are
-                    tree.factors.add_size(entries)
+                    tree.adapter_parts.add_size(entries)
         tensors += [t for entries in (module._parameters, module._buffers) for t in entries.values() if t is not None]
         if isinstance(module, _MODAL):
             tree.modal.append(module)
