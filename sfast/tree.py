@@ -56,7 +56,7 @@ class Tree:
     objects: int = 0  # how many of users' own have been read
     places: list[Any] = dataclasses.field(default_factory=list)  # what a forward may write to, but for modules
     adapters: Snapshot = dataclasses.field(default_factory=Snapshot)  # which adapters are active, and how strongly
-    adapter_parts: Snapshot = dataclasses.field(default_factory=Snapshot)  # the modules and tensors that they are made of
+    adapter_parts: Snapshot = dataclasses.field(default_factory=Snapshot)  # modules and tensors that they are made of
 
     def same(self, quick: bool = False) -> bool:
         """Whether the very same objects stand everywhere; runs for every call, hence the C loops.
