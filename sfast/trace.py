@@ -22,6 +22,7 @@ from sfast import hoist, rewrite
 from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.decisions import Guard, Sizes, Untraceable
 from sfast.fallback import is_out_of_memory, let_through
+from sfast.gc_pause import gc_paused
 from sfast.interpreter import callable_of, drop_sources, interpret, quiet, tracing_lock
 from sfast.merged_linears import NAME, Pack, merge_linears
 from sfast.overwritten import ReadFirst
@@ -142,7 +143,7 @@ def trace(
     """
     # Python may ask for the mode; who needs gradients is not here.
     grad = torch.is_grad_enabled() and not any([tensor.requires_grad for tensor in (*weights, *tensors)])
-    with tracing_lock, torch.set_grad_enabled(grad), quiet(), _no_autocast_cache():
+    with tracing_lock, torch.set_grad_enabled(grad), quiet(), _no_autocast_cache(), gc_paused():
         try:
             record = _record(forward, weights, call, tensors, recording, keep_sizes)
         except Exception as error:

@@ -5,7 +5,10 @@ Rewriting moves and merges operators, which is right only where nothing is writt
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import torch
 
 
 def written_values(graph: Any) -> frozenset[int]:
@@ -38,7 +41,16 @@ def writes(node: Any) -> bool:
     kind = node.kind()
     if kind in ("prim::If", "prim::Loop"):
         return any(writes(inner) for block in node.blocks() for inner in block.nodes())
-    return not kind.startswith("prim::") and "!" in node.schema()
+    if kind.startswith("prim::") or (kind.startswith("aten::") and node.inputsSize() not in _written_with(kind)):
+        return False
+    return "!" in node.schema()  # a text, made anew each time it is asked for
+
+
+@functools.cache
+def _written_with(kind: str) -> frozenset[int]:
+    """How many inputs an operator of PyTorch's has where it writes to one of them."""
+    schemas = torch._C._jit_get_schemas_for_operator(kind)
+    return frozenset([len(schema.arguments) for schema in schemas if schema.is_mutable])
 
 
 def read_by(node: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from sfast.normalize import normalize
 from sfast.rewrite import Fusion
 from sfast.structure import flatten
 from sfast.trace import Trace, trace
+from sfast.writes import _written_with
 
 
 def fused(forward: Callable[..., Any], *args: Tensor, fusions: list[Fusion]) -> Trace:
@@ -387,3 +388,11 @@ def test_a_shift_without_dimensions() -> None:
 
     x, shift = torch.randn(2, 8, 3, 3), torch.randn(1)
     assert fused(forward, x, shift, fusions=[ADD_GROUP_NORM_SILU, GROUP_NORM_SILU]).fusions == {"group_norm_silu": 1}
+
+
+def test_who_writes_is_found_by_the_number_of_inputs() -> None:
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")]
+    writing = [schema for schema in schemas if "!" in str(schema)]
+    assert len(writing) > 1000
+    assert all(len(schema.arguments) in _written_with(schema.name) for schema in writing)
+    assert 3 not in _written_with("aten::linear")
