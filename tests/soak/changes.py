@@ -168,7 +168,7 @@ def weights_channels_last(pair: Pair, rng: random.Random) -> str:
     return str(layout)
 
 
-@operation(weight=2, says="forward hooks|global module hooks")
+@operation(weight=2, says="forward hooks|global module hooks", same=True)
 def hooked(pair: Pair, rng: random.Random) -> str:
     """A hook that looks on, on one module or on all: it is called, as in eager, and leaves."""
     everywhere = rng.random() < 0.3
@@ -194,7 +194,7 @@ def hooked(pair: Pair, rng: random.Random) -> str:
     return "everywhere" if everywhere else path
 
 
-@operation(weight=1, says="gradients are enabled")
+@operation(weight=1, says="gradients are enabled", same=True)
 def gradients(pair: Pair, rng: random.Random) -> None:
     """Somebody trains, or looks for a prompt: eager, and the gradient is eager's."""
     noise = torch.Generator().manual_seed(rng.randrange(10**6))
@@ -265,14 +265,14 @@ def offloaded(pair: Pair, rng: random.Random) -> str:
 # Copies.
 
 
-@operation(weight=0.5)
+@operation(weight=0.5, same=True)
 def deep_copy(pair: Pair, rng: random.Random) -> str:
     """The copy is an ordinary pipeline; sometimes it takes the place of the one it was made of."""
     copied = copy.deepcopy(pair.compiled)
     if any(sfast.report(part).components for part in modules(copied).values() if part is not None):
         raise AssertionError("a copy is compiled")
     if rng.random() < 0.5:
-        pair.compare(lambda pipe: pair.draw(pipe if pipe is pair.eager else copied))
+        pair.compare(pair.draw, compiled=lambda pipe: pair.draw(copied))
         return "drawn with"
     pair.compiled = copied
     pair.companions.clear()
@@ -307,7 +307,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-@operation(weight=0.7)
+@operation(weight=0.7, same=True)
 def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     changed = rng.choice(CONFIGS)
     pair.config = CompilationConfig(**changed, graph_memory_budget=GRAPHS)
@@ -319,7 +319,7 @@ def compiled_otherwise(pair: Pair, rng: random.Random) -> str:
     return str(changed)
 
 
-@operation(weight=0.5)
+@operation(weight=0.5, same=True)
 def restored(pair: Pair, rng: random.Random) -> str:
     """Bit for bit what eager has, and compiled again or left like that until something compiles it."""
     sfast.restore(pair.compiled)

@@ -23,7 +23,7 @@ def _picture(seed: int, size: int = SIZE) -> Image.Image:
     return Image.fromarray(drawn).resize((size, size))
 
 
-@operation(weight=1)
+@operation(weight=1, same=True)
 def image_to_image(pair: Pair, rng: random.Random) -> None:
     """Through `from_pipe`: the same components, and now also the VAE's encoder."""
     picture, seed = _picture(rng.randrange(10**6)), rng.randrange(10**6)
@@ -69,7 +69,7 @@ def _t2i_adapter() -> nn.Module:
     return diffusers.T2IAdapter(channels=[72, 96, 96], num_res_blocks=1, downscale_factor=4)
 
 
-@operation(weight=1)
+@operation(weight=1, same=True)
 def control_net(pair: Pair, rng: random.Random) -> str:
     """Another pipeline of the same UNet, with a ControlNet, its scale, and guess mode."""
     picture, seed, scale = _picture(rng.randrange(10**6)), rng.randrange(10**6), rng.choice((0.0, 0.5, 1.0))
@@ -92,7 +92,7 @@ def control_net(pair: Pair, rng: random.Random) -> str:
     return f"at {scale}{', guessing' if guess else ''}{'' if guided else ', unguided'}"
 
 
-@operation(weight=0.5)
+@operation(weight=0.5, same=True)
 def t2i_adapter(pair: Pair, rng: random.Random) -> str:
     picture, seed, scale = _picture(rng.randrange(10**6)), rng.randrange(10**6), rng.choice((0.5, 1.0))
 

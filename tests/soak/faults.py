@@ -66,14 +66,12 @@ def _in_phase(pair: Pair, rng: random.Random, phase: str, error: BaseException) 
     owner, name = rng.choice(PHASES[phase])
 
     def faulty(pipe: DiffusionPipeline) -> Tensor:
-        if pipe is pair.eager:
-            return pair.draw(pipe)
         with failing(owner, name, error, after) as calls:
             reached.append(calls)
             return pair.draw(pipe)
 
     reached: list[list[int]] = []
-    pair.compare(faulty)
+    pair.compare(pair.draw, compiled=faulty)
     hit = "raised" if reached[0][0] > after else "not reached"
     return f"{name} after {after}{f', {fresh} not traced' if fresh else ''}: {hit}"
 
@@ -81,29 +79,29 @@ def _in_phase(pair: Pair, rng: random.Random, phase: str, error: BaseException) 
 SAYS = r"ran eager|all were dropped|runs without|nothing is hoisted|runs eager at|injected"
 
 
-@operation(weight=2, says=SAYS)
+@operation(weight=2, says=SAYS, same=True)
 def trace_fails(pair: Pair, rng: random.Random) -> str:
     return _in_phase(pair, rng, "trace", RuntimeError("injected"))
 
 
-@operation(weight=2, says=SAYS)
+@operation(weight=2, says=SAYS, same=True)
 def kernel_fails(pair: Pair, rng: random.Random) -> str:
     return _in_phase(pair, rng, "run", RuntimeError("injected"))
 
 
-@operation(weight=2, says=SAYS, devices=("cuda",))
+@operation(weight=2, says=SAYS, devices=("cuda",), same=True)
 def capture_fails(pair: Pair, rng: random.Random) -> str:
     return _in_phase(pair, rng, "capture", RuntimeError("injected"))
 
 
-@operation(weight=2, says=SAYS)
+@operation(weight=2, says=SAYS, same=True)
 def out_of_memory(pair: Pair, rng: random.Random) -> str:
     phases = ("trace", "run") if pair.device.type == "cpu" else tuple(PHASES)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
     return _in_phase(pair, rng, rng.choice(phases), error)
 
 
-@operation(weight=0.5, says="with them, relative error|runs eager at")
+@operation(weight=0.5, says="with them, relative error|runs eager at", same=True)
 def kernel_computes_wrong(pair: Pair, rng: random.Random) -> str:
     """Whatever is fused gives wrong numbers: the check of the first call catches it."""
     factor = rng.choice((0.0, 1.5, float("nan")))
@@ -117,19 +115,17 @@ def kernel_computes_wrong(pair: Pair, rng: random.Random) -> str:
     pair.compile()
 
     def faulty(pipe: DiffusionPipeline) -> Tensor:
-        if pipe is pair.eager:
-            return pair.draw(pipe)
         trace.Trace.run = wrong
         try:
             return pair.draw(pipe)
         finally:
             trace.Trace.run = original
 
-    pair.compare(faulty)
+    pair.compare(pair.draw, compiled=faulty)
     return f"times {factor}"
 
 
-@operation(weight=0.5, says="runs as plain PyTorch|injected", devices=("cuda",))
+@operation(weight=0.5, says="runs as plain PyTorch|injected", devices=("cuda",), same=True)
 def triton_fails(pair: Pair, rng: random.Random) -> str:
     """No Triton kernel can be launched while everything is traced and captured anew."""
     from triton.runtime.jit import JITFunction
@@ -138,8 +134,6 @@ def triton_fails(pair: Pair, rng: random.Random) -> str:
     pair.compile()
 
     def faulty(pipe: DiffusionPipeline) -> Tensor:
-        if pipe is pair.eager:
-            return pair.draw(pipe)
         original = JITFunction.run
 
         def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,11 +146,11 @@ def triton_fails(pair: Pair, rng: random.Random) -> str:
             JITFunction.run = original
             op.enable_again()
 
-    pair.compare(faulty)
+    pair.compare(pair.draw, compiled=faulty)
     return "every launch"
 
 
-@operation(weight=3, says=SAYS)
+@operation(weight=3, says=SAYS, same=True)
 def interrupted(pair: Pair, rng: random.Random) -> str:
     """Ctrl-C at a random call of a function of sfast's own: the call ends, and the next one is right."""
     fresh, after = _start_over(pair, rng), int(10 ** rng.uniform(0, 4.5))
@@ -202,7 +196,7 @@ def _cleans_up(frame: Any) -> bool:
     return False
 
 
-@operation(weight=1)
+@operation(weight=1, same=True)
 def cache_removed(pair: Pair, rng: random.Random) -> str:
     """The folder of measured choices is emptied, or filled with somebody else's files, while the process runs."""
     where = disk_cache.folder()

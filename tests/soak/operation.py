@@ -26,23 +26,29 @@ ANYTIME = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What it is called, what it does (and then says about it), how often, and what sfast may say."""
+    """What it is called, what it does (and then says about it), how often, and what sfast may say.
+
+    `same`: eager draws afterwards what it drew before, so that the same picture is what is expected.
+    """
 
     name: str
     run: Run
     weight: float
     says: str
     devices: tuple[str, ...]
+    same: bool
 
 
 OPERATIONS: list[Operation] = []
 
 
-def operation(weight: float = 1, says: str = "", devices: tuple[str, ...] = ("cpu", "cuda")) -> Callable[[Run], Run]:
+def operation(
+    weight: float = 1, says: str = "", devices: tuple[str, ...] = ("cpu", "cuda"), same: bool = False
+) -> Callable[[Run], Run]:
     """Add a function to the list. `says` is a pattern for the lines that it may make sfast log."""
 
     def add(run: Run) -> Run:
-        OPERATIONS.append(Operation(run.__name__, run, weight, says, devices))
+        OPERATIONS.append(Operation(run.__name__, run, weight, says, devices, same))
         return run
 
     return add

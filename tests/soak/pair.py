@@ -61,11 +61,13 @@ class Pair:
         self.eager = clone(self._original)
         self.compiled = sfast.compile(clone(self._original), self.config)
         self.call: dict[str, Any] = {}  # settings of `draw` that differ from the usual
+        self.changed()
         self.companions: dict[tuple[str, str], nn.Module] = {}  # ControlNets and adapters, by pipeline and kind
 
     def recover(self) -> bool:
         """After a call that eager refuses: go back to a usual one, or start over. Returns whether that was necessary."""
         self.call.clear()
+        self.changed()
         self.compare(self.draw)
         if self.refused is not None:
             self.start_over()
@@ -84,19 +86,43 @@ class Pair:
         """Which of the two a pipeline is."""
         return "eager" if pipe is self.eager else "compiled"
 
+    def own_bytes(self) -> Counter[str]:
+        """Memory of both pipelines' weights, adapters and companions, by type of device."""
+        parts = [*modules(self.eager).values(), *modules(self.compiled).values(), *self.companions.values()]
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+        sizes: Counter[str] = Counter()
+        for storage in {storage.data_ptr(): storage for storage in storages}.values():
+            sizes[storage.device.type] += storage.nbytes()
+        return sizes
+
     def both(self, action: Callable[[DiffusionPipeline], Any]) -> None:
         """Do something to both pipelines; it must end alike, also in an error."""
+        self.changed()
         self._alike(*[outcome(action, pipe) for pipe in (self.eager, self.compiled)])
 
-    def compare(self, draw: Draw, dtype: torch.dtype | None = None) -> None:
-        """Both must draw the same. `dtype` is what they compute in if it is not what they are."""
-        torch.manual_seed(self.seed)
-        started = time.perf_counter()
-        expected = outcome(draw, self.eager)
-        self.seconds["eager pictures"] += time.perf_counter() - started
+    def changed(self) -> None:
+        """Eager may draw another picture from now on."""
+        self._expected: Tensor | None = None
+
+    def compare(self, draw: Draw, dtype: torch.dtype | None = None, compiled: Draw | None = None) -> None:
+        """Both must draw the same.
+
+        Args:
+            dtype: what they compute in, if it is not what they are.
+            compiled: how the compiled one draws, if not like eager.
+        """
+        expected = self._expected if draw == self.draw else None
+        if expected is None:
+            torch.manual_seed(self.seed)
+            started = time.perf_counter()
+            expected = outcome(draw, self.eager)
+            self.seconds["eager pictures"] += time.perf_counter() - started
+        if draw == self.draw and isinstance(expected, Tensor):
+            self._expected = expected
         torch.manual_seed(self.seed)
         calls, started = self._denoiser_calls[0], time.perf_counter()
-        drawn = outcome(draw, self.compiled)
+        drawn = outcome(compiled or draw, self.compiled)
         self.seconds["compiled pictures, and what comes first"] += time.perf_counter() - started
         self._alike(expected, drawn)
         self.draws += 1

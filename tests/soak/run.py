@@ -31,24 +31,28 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the process holds: on the host, and on the GPU by tensors and altogether."""
+    """Bytes that the process holds besides the pipelines' own: on the host, and on the GPU by tensors and altogether.
+
+    The pipelines' own go up and down with the operations: fp64 takes twice as much as fp32, adapters come and go.
+    """
 
     host: int
     allocated: int = 0
     reserved: int = 0
 
     @classmethod
-    def now(cls) -> Memory:
-        """After everything that can be given back has been."""
+    def now(cls, own: Counter[str]) -> Memory:
+        """After everything that can be given back has been; `own`: the pipelines' bytes by type of device."""
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # another C library keeps what it keeps
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
         if not torch.cuda.is_initialized():
-            return cls(pages * 4096)
+            return cls(pages * 4096 - own["cpu"])
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        return cls(pages * 4096, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+        on_gpu = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        return cls(pages * 4096 - own["cpu"], *[size - own["cuda"] for size in on_gpu])
 
 
 @dataclass
@@ -96,7 +100,11 @@ def run(
             for place, step in enumerate(steps):
                 started, pair.error, what, python = time.perf_counter(), 0.0, None, pair.python
                 try:
+                    if not operations[step.name].same:
+                        pair.changed()
                     what = operations[step.name].run(pair, Random(step.seed))
+                    if not operations[step.name].same:
+                        pair.changed()
                     pair.compare(pair.draw)
                     refused = pair.refused
                     if refused is not None:
@@ -116,7 +124,7 @@ def run(
                     break
                 if place % SAMPLE_EVERY == 0:
                     started = time.perf_counter()
-                    result.memory.append(Memory.now())
+                    result.memory.append(Memory.now(pair.own_bytes()))
                     result.phases["looking at memory"] += time.perf_counter() - started
         finally:
             gc.unfreeze()
