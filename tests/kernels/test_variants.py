@@ -60,6 +60,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             monkeypatch.setattr(module, "triton_takes", lambda x: True)
     for known in ("_compiled", "_avoided"):
         monkeypatch.setattr(group_norm, known, set())
+    monkeypatch.setattr(group_norm, "is_rehearsing", lambda: False)
     noted = Launches()
     token = precompile._active.set(noted)  # type: ignore[arg-type]
     yield noted
