@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sfast import hoist, rewrite
+from sfast import bounds, hoist, rewrite
 from sfast.containers import Changes, ChangesContainers, Contents
 from sfast.decisions import Guard, Sizes, Untraceable
 from sfast.fallback import is_out_of_memory, let_through
@@ -26,7 +26,7 @@ from sfast.gc_pause import gc_paused
 from sfast.interpreter import callable_of, drop_sources, interpret, quiet, tracing_lock
 from sfast.merged_linears import NAME, Pack, merge_linears
 from sfast.overwritten import ReadFirst
-from sfast.questions import guard_of, indexes, sizes_of
+from sfast.questions import guard_of, sizes_of
 from sfast.reads import Reads
 from sfast.recording import Recording
 from sfast.runs import NAME as RUNS
@@ -40,8 +40,7 @@ from sfast.upload import mark_uploads
 class Trace:
     """A traced call: `run(weights, tensors)` computes it, for any shapes that take the same way through the module."""
 
-    graph: Any
-    function: Callable[..., Any]
+    function: Any  # TorchScript's, of the graph
     used_weights: list[int]  # places in the weight list; a weight that no operator reads is not passed
     output: Hashable  # description of the result, see structure.py
     contiguous: list[bool]  # which results eager lays out without gaps, in their order: so will we
@@ -62,8 +61,8 @@ class Trace:
 
     @functools.cached_property
     def indexes(self) -> bool:
-        """Whether it takes elements by their indices: one out of bounds is the end of the process on a GPU."""
-        return indexes(self.graph)
+        """Whether it takes elements by their indices, which may be out of bounds where it does not fit."""
+        return any(self.function.graph.findAllNodes(name) for name in bounds.NAMES)
 
     def unflatten(self, outputs: list[torch.Tensor]) -> Any:
         """The result as the module returns it."""
@@ -74,7 +73,9 @@ class Trace:
         if self.hoisted is not None and self.hoisted.stable == stable:
             return self.hoisted
         with tracing_lock, quiet():
-            graphs = hoist.split(self.graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
+            graph = self.function.graph.copy()
+            torch._C._jit_pass_lower_all_tuples(graph)  # its results are one there
+            graphs = hoist.split(graph, len(self.used_weights), stable, torch._C._jit_pass_dce)
             if graphs is None:
                 return None
             used = [rewrite.drop_unused_inputs(graph, len(self.used_weights)) for graph in graphs]
@@ -167,10 +168,9 @@ def trace(
         fired.update({NAME: len(packs)} if packs else {})
         used = rewrite.drop_unused_inputs(graph, len(weights))
         drop_sources(graph)
-        function = callable_of(graph.copy())
-        graph = graph.copy()  # in one piece: between the nodes of the other one there is what tracing has left
+        function = callable_of(graph.copy())  # in one piece: between the nodes of this one is what tracing has left
     kept = record.output, record.contiguous, fired, packs, record.changes
-    return Trace(graph, function, used, *kept, guard=guard, sizes=sizes)
+    return Trace(function, used, *kept, guard=guard, sizes=sizes)
 
 
 # What another way of tracing would not change.

@@ -139,7 +139,7 @@ def test_a_division_by_one_of_a_sum_goes() -> None:
     def forward(x: Tensor) -> Tensor:
         return ((x + x * 2) / 1.0).transpose(0, 1).reshape(-1)
 
-    assert "aten::div" not in str(fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).graph)
+    assert "aten::div" not in str(fused(forward, torch.randn(2, 8), fusions=[LINEAR_SILU]).function.graph)
 
 
 def test_a_middle_value_that_is_returned_refuses() -> None:

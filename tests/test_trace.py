@@ -81,7 +81,7 @@ def test_a_trace_keeps_no_graph_for_a_question_that_nobody_asks() -> None:
     assert kept.fits([], tensors) is True and kept.fits([], [torch.randn(2, 3)]) is False
     assert kept.sizes.make is None  # nor what the function was made of
     for traced in (kept, dropped):
-        assert not any(node.sourceRange() for node in traced.graph.nodes())
+        assert not any(node.sourceRange() for node in traced.function.graph.nodes())
         assert torch.equal(traced.run([], tensors)[0], Doubtful()(*tensors))
 
 
