@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfast import fallback, launch, native, verify
 from sfast.backoff import Backoff
+from sfast.bounds import within_bounds
 from sfast.containers import ChangesContainers
 from sfast.cuda_graph import can_capture, make_room, pool_of
 from sfast.decisions import Untraceable
@@ -234,7 +235,7 @@ def _candidates(component: Component, call: Call) -> list[Candidate]:
     config, state = component.config, component.state
     if not config.enable_jit:
         return [(functools.partial(EagerCall, component.eager, call.structure), False)]
-    known: list[Candidate] = [(functools.partial(_itself, traced), False) for traced in _that_fit(component, call)]
+    known: list[Candidate] = [(candidate, False) for candidate in _that_fit(component, call)]
     full = sum(map(len, component.traces.values())) >= MAX_TRACES
     if full and component.uses < USES * component.traced:
         component.note(f"more than {MAX_TRACES} different structures of arguments: new ones run eager")
@@ -285,11 +286,26 @@ def _follows_numbers(component: Component, call: Call, made: Trace, recording: R
     return all(verify.relative_error(mine, right) <= verify.tolerance(right) for mine, right in pairs)
 
 
-def _that_fit(component: Component, call: Call) -> list[Trace | EagerCall]:
+def _that_fit(component: Component, call: Call) -> Iterator[Callable[[], Trace]]:
     """The traces that may serve a call: where nobody knows whether Python goes their way, the check has to say so."""
-    known = [traced for traced in _of_the_same_answers(component, call) if isinstance(traced, Trace)]
-    fit = {traced: traced.fits(component.state.weights, call.tensors) for traced in known}
-    return [traced for traced in known if fit[traced] or (fit[traced] is None and component.config.verify)]
+    for traced in _of_the_same_answers(component, call):
+        if isinstance(traced, Trace):
+            fits = traced.fits(component.state.weights, call.tensors)
+            if fits:
+                yield functools.partial(_itself, traced)
+            elif fits is None and component.config.verify:
+                yield functools.partial(_looked_at, component, call, traced)
+
+
+def _looked_at(component: Component, call: Call, traced: Trace) -> Trace:
+    """A trace that may not fit, but reads nothing out of bounds, which a GPU would not survive.
+
+    Raises:
+        IndexError: it does.
+    """
+    if traced.indexes and component.state.device.type != "cpu":
+        within_bounds(functools.partial(traced.run, component.state.weights, call.tensors))
+    return traced
 
 
 def _of_the_same_answers(component: Component, call: Call) -> list[Trace | EagerCall]:

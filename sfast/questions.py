@@ -38,7 +38,7 @@ def guard_of(graph: Any, places: range, reads: Reads, count: int) -> Guard:
 def sizes_of(graph: Any, places: range, reads: Reads, count: int, checked: bool) -> Sizes:
     """What Python asked for of sizes, as a function of tensors without memory: nothing is computed but sizes."""
     answers = [size.tolist() for size in reads.sizes]
-    if checked and not _takes_few(graph, places) and not indexes(graph):
+    if checked and not _takes_few(graph, places):
         return Sizes(answers, None)
     asked = _only(graph, places, of_sizes=True)
     torch._C._jit_pass_constant_pooling(asked)
@@ -52,19 +52,6 @@ def sizes_of(graph: Any, places: range, reads: Reads, count: int, checked: bool)
             return _function_of_few(simplified, count)
 
     return Sizes(answers, make)
-
-
-_INDEXING = tuple(
-    f"aten::{name}"
-    for name in (
-        *("index", "index_put", "index_put_", "_index_put_impl_", "index_select", "index_add", "index_copy", "take"),
-        *("embedding", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "take_along_dim", "one_hot"),
-    )
-)
-
-
-def indexes(graph: Any) -> bool:
-    return any(graph.findAllNodes(kind) for kind in _INDEXING)
 
 
 def _only(graph: Any, places: range, of_sizes: bool = False) -> Any:

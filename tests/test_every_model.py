@@ -4,6 +4,7 @@ import logging
 
 import diffusers
 import pytest
+import torch
 
 from tests.every_model import TABLE, cases, exported, table, try_out, uncovered, written
 from tests.every_model import row as row_of
@@ -31,6 +32,15 @@ def test_a_compiled_model_gives_the_result_of_eager(name):
     rows = written()
     if rows:
         assert _without_fusions(rows[name]) == _without_fusions(row_of(outcome)), OUT_OF_DATE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() & CASES.keys()))
+def test_on_a_gpu(name, verify, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    outcome = try_out(CLASSES[name], CASES[name], verify, "cuda")
+    assert not outcome.wrong
 
 
 @pytest.mark.slow
