@@ -117,7 +117,7 @@ class Loop:
         self._prologue: GraphRunner | None = None
         self._body: GraphRunner | None = None
         self._hoisted: list[torch.Tensor] = []
-        self._read: list[torch.Tensor] = []  # the call's tensors that the prologue has read
+        self._read: list[weakref.ref[torch.Tensor]] = []  # the call's tensors that the prologue has read
         self._versions: list[int] = []  # theirs, and those of the weights; these are not kept: nobody could move them
         self._pointers: tuple[int, ...] = ()
         self._picture: Hashable = None
@@ -140,12 +140,13 @@ class Loop:
             self._pointers, self._picture = pointers, picture
         read = [tensors[i] for i in self._stable]
         versions = [version_of(tensor) for tensor in (*read, *[weights[i] for i in self.split.prologue_weights])]
-        same = list(map(id, read)) == list(map(id, self._read)) and versions == self._versions and min(versions) >= 0
+        known = [last() is tensor for last, tensor in zip(self._read, read, strict=False)]
+        same = len(known) == len(read) and all(known) and versions == self._versions and min(versions) >= 0
         if not same:
             self.misses += 1
             self._read = []  # should it be interrupted, nothing is known
             self._run_prologue(weights, tensors)
-            self._read, self._versions = read, versions
+            self._read, self._versions = [*map(weakref.ref, read)], versions
         if self._body is None:
             return self.split.body(weights, tensors, self._hoisted)
         stable = set(self._stable)

@@ -1,7 +1,9 @@
 """What the prompt decides is computed once, and again whenever anything it depends on has changed."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_the_prologue_runs_once_for_a_prompt(pair: tuple[Step, Step]) -> None:
     assert len(loop.split.prologue_weights) == 4
     assert len(loop.split.body_weights) == 2
     assert sfast.report(compiled).traces == 1
+
+
+def test_a_prompt_lives_no_longer_than_its_caller_wants_it(pair: tuple[Step, Step]) -> None:
+    _, compiled = pair
+    prompt = torch.randn(2, 3, 6)
+    for x, t in steps(6):
+        compiled(x, t, prompt)
+    loop, gone = loop_of(compiled), weakref.ref(prompt)
+    assert loop is not None and loop.misses == 1
+    del prompt
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_prompt_edited_in_place(pair: tuple[Step, Step]) -> None:

@@ -16,7 +16,7 @@ from tests.soak.run import MIB, Run, load, run, shrink
 
 OPERATIONS_IN_CI = 200
 # Over the second half; here not every trace and graph has been made by then. A copy of the weights has 20 MiB.
-GROWTH = {"host": 192 * MIB, "allocated": GRAPHS, "reserved": GRAPHS}
+GROWTH = {"host": 96 * MIB, "allocated": GRAPHS, "reserved": GRAPHS}
 
 
 @pytest.fixture(scope="module")

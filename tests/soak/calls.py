@@ -229,7 +229,7 @@ def mode(pair: Pair, rng: random.Random) -> str:
     return name
 
 
-@operation(weight=1, same=True)
+@operation(weight=0.5, same=True)
 def autocast(pair: Pair, rng: random.Random) -> str:
     """One call under autocast, as a script written for training makes it."""
     dtype = torch.bfloat16
