@@ -85,9 +85,15 @@ class TracingMode(TorchFunctionMode):
             raise Untraceable(f"it asks whether inference mode is on: {where()}")
         return torch._C.is_inference_mode_enabled()
 
+    def _is_exporting(self) -> bool:
+        """diffusers asks before it looks for a result by its sizes: in a cache of numbers, which would have to be known."""
+        asks = sys._getframe(1).f_globals.get("__name__")
+        return (asks == _CACHES and is_traced_by(self._thread)) or _IS_EXPORTING()
+
     def __enter__(self) -> TracingMode:
         self._thread = threading.get_ident()
         torch.is_inference_mode_enabled = self._is_inference_mode_enabled
+        torch.compiler.is_exporting = self._is_exporting
         if self._call is torch.nn.Module._wrapped_call_impl:  # or else it is somebody else's
             torch.nn.Module.__call__ = _ShortCall(self._call, self._thread)
         self.reads.start()
@@ -99,9 +105,12 @@ class TracingMode(TorchFunctionMode):
         self.reads.stop()
         torch.nn.Module.__call__ = self._call
         torch.is_inference_mode_enabled = torch._C.is_inference_mode_enabled
+        torch.compiler.is_exporting = _IS_EXPORTING
         super().__exit__(*error)
 
 
+_CACHES = "diffusers.utils.torch_utils"  # where its `lru_cache_unless_export` is
+_IS_EXPORTING = torch.compiler.is_exporting
 _T = torch.Tensor
 _ABOUT_MEMORY = frozenset(
     [
