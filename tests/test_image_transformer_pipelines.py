@@ -181,8 +181,10 @@ def test_a_prompt_that_changes_on_the_way(user: User) -> None:
     assert not user.tells(one, two) and user.tells(one, user.base)
 
 
-# The pipeline itself brings a number over from the host at each step: the time, or the guidance.
-WAITING = ("aura-flow", "flux-controlnet")
+# The pipeline itself brings a number over from the host at each step: the time, or the guidance. And where there is a callback,
+# as here, the mask by which Lumina2 decides may have been written to.
+WAITING = ("aura-flow", "flux-controlnet", "lumina2")
+COMPARED = {"lumina2": {"equal"}}
 
 
 class Reading(TorchFunctionMode):
@@ -250,8 +252,8 @@ def draw_and_read(user: User, reading: Reading, waits: bool) -> None:
 def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
     reading = Reading()
     draw_and_read(user, reading, waits=user.name in WAITING)
-    on_gpu = user.twin.device == "cuda"
-    assert on_gpu or not any(reading.steps[1:-1]), reading.steps  # there timesteps are read on the host
+    if user.twin.device == "cpu":  # on a GPU timesteps are read on the host
+        assert all(COMPARED.get(user.name, set()).issuperset(step) for step in reading.steps[1:-1]), reading.steps
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
