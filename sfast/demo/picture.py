@@ -74,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiled = generate(pipe, options.prompts, **draw)
 
     difference = np.abs(eager.pictures - compiled.pictures) * 255
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     footer = f"{options.steps} steps on {where}. Largest difference of a pixel: {difference.max():.3g} of 255."
     if eager.later is not None and compiled.later is not None:
         footer += f" One picture: {eager.later:.3f} s eager, {compiled.later:.3f} s compiled."
@@ -135,10 +134,14 @@ def device(text: str) -> str:
 
 
 def picture_file(text: str) -> Path:
-    """A path that Pillow knows how to write to."""
+    """A path that Pillow knows how to write to, in a folder that is there or can be made."""
     path = Path(text)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise argparse.ArgumentTypeError(f"must end in .png, .jpg or another format of pictures, got {text!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from error
     return path
 
 
