@@ -52,3 +52,24 @@ class Snapshot:
             )
         except KeyError:  # a name is gone
             return False
+
+    def renew(self) -> bool:
+        """Take what stands there now for what stood there; False, and nothing is done, where there are other places."""
+        if sum(map(len, self._sized)) != self._size:
+            return False
+        try:
+            found = {name: list(map(get, places)) for name, (get, places, _) in self._columns.items()}
+        except KeyError:
+            return False
+        before = [value for _, _, values in self._columns.values() for value in values]
+        now = list(chain.from_iterable(found.values()))
+        for old, new in zip(before, now, strict=True):
+            if old is not new and (type(old) is not type(new) or not isinstance(new, _PLAIN)):
+                return False
+        self._columns = {name: (get, places, found[name]) for name, (get, places, _) in self._columns.items()}
+        self._lists = {id(value): value for value in now if isinstance(value, list)}
+        self._items = list(chain.from_iterable(self._lists.values()))
+        return True
+
+
+_PLAIN = (bool, int, float, str, list)

@@ -69,7 +69,8 @@ class ModuleState:
         """
         quick = quick and self.adapters.knows(self.picture)
         if not self._tree.same(quick):
-            self._reread()
+            if not self._take_strengths():
+                self._reread()
             return
         pointers, dirty = self._addresses(), self.adapters.dirty
         changed = self.adapters.changed(self.scale, self.picture, quick) and not dirty  # which is no news
@@ -220,6 +221,20 @@ class ModuleState:
         if self.device.type == "meta":
             return "its weights are on the meta device"
         return None
+
+    def _take_strengths(self) -> bool:
+        """Whether adapters have other strengths, and nothing else is another: the rest need not be read again."""
+        if not self.adapters.present:
+            return False
+        dirty, self.adapters.dirty = self.adapters.dirty, True  # first: what was interrupted is done again
+        if not self._tree.takes_strengths():
+            self.adapters.dirty = dirty
+            return False
+        self.adapters.changed(self.scale, self.picture)
+        self.generation += 1
+        self._describe(self._tree)  # weights may have moved, too
+        self._take_weights()
+        return True
 
     @gc_paused()
     def _reread(self) -> None:

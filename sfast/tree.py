@@ -63,6 +63,13 @@ class Tree:
 
         `quick`: but for what only somebody's own code exchanges in adapters that are there.
         """
+        return self._same_elsewhere() and self.adapters.same() and (quick or self.adapter_parts.same())
+
+    def takes_strengths(self) -> bool:
+        """Whether nothing is another but which adapters are active, and how strongly: from now on that is the same."""
+        return self._same_elsewhere() and self.adapter_parts.same() and self.adapters.renew()
+
+    def _same_elsewhere(self) -> bool:
         if sum(map(len, self.live)) != len(self.contents) or sum(map(len, self.sizes)) != self.length:
             return False
         if list(map(type, self.modules)) != self.types:  # token merging (tomesd) gives blocks another class
@@ -72,12 +79,7 @@ class Tree:
         except (KeyError, AttributeError):
             return False
         live = chain.from_iterable(self.live)
-        return (
-            all(map(operator.is_, live, self.contents))
-            and all(map(operator.is_, got, self.got))
-            and self.adapters.same()
-            and (quick or self.adapter_parts.same())
-        )
+        return all(map(operator.is_, live, self.contents)) and all(map(operator.is_, got, self.got))
 
     def shared(self) -> set[int]:
         """Ids of the tensors that stand in more than one place."""

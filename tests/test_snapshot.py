@@ -13,6 +13,7 @@ from torch import nn
 
 from sfast import tree
 from sfast.snapshot import Snapshot
+from sfast.state import ModuleState
 
 
 def exchange(place: dict[Any, Any], name: Any, value: Any) -> None:
@@ -57,6 +58,41 @@ def test_equal_is_not_the_same() -> None:
     assert snapshot.same()
 
 
+def test_other_strengths_are_taken_up() -> None:
+    shared = ["one"]
+    layers: list[dict[str, Any]] = [{"active": shared, "off": False, "scaling": {"one": 1.0}} for _ in range(3)]
+    snapshot = Snapshot()
+    for layer in layers:
+        snapshot.add(layer, layer)
+        snapshot.add(layer["scaling"], layer["scaling"])
+        snapshot.add_size(layer["scaling"])
+        snapshot.add_list(layer["active"])
+    layers[1]["scaling"]["one"] = 0.5
+    layers[2].update(active=["two"], off=True)
+    assert not snapshot.same()
+    assert snapshot.renew()
+    assert snapshot.same()
+    layers[2]["active"].append("one")
+    assert not snapshot.same(), "a list that came later is watched, too"
+    assert snapshot.renew()
+    for change, back in (
+        (
+            lambda: exchange(layers[0]["scaling"], "one", torch.ones(())),
+            lambda: exchange(layers[0]["scaling"], "one", 1.0),
+        ),
+        (lambda: exchange(layers[0]["scaling"], "two", 1.0), lambda: layers[0]["scaling"].pop("two")),
+        (lambda: layers[0].pop("off"), lambda: exchange(layers[0], "off", False)),
+        (lambda: exchange(layers[0], "active", "one"), lambda: exchange(layers[0], "active", shared)),
+        (lambda: exchange(layers[0], "scaling", {"one": 1.0}), None),
+    ):
+        change()
+        assert not snapshot.renew()
+        assert not snapshot.same()
+        if back is not None:
+            back()
+            assert snapshot.renew()
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -98,3 +134,35 @@ def test_every_edit_of_a_layer_with_adapters_is_seen(edit: Callable[[Any], Any],
     assert seen.same()
     edit(getattr(module, name))
     assert not seen.same()
+
+
+def test_a_tree_is_not_read_again_for_another_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0", "1"]), model)
+    wide = nn.Linear(4, 8, bias=False)
+    state = ModuleState(model)
+    state.refresh()
+    state.merge_adapters()
+    reads: list[None] = []
+    monkeypatch.setattr("sfast.state.read", lambda root: (reads.append(None), tree.read(root))[1])
+    layer: Any = model[0]
+    changes: list[tuple[Callable[[], Any], bool, bool]] = [  # whether it is read again, and is another computation
+        (lambda: layer.scaling.update(default=0.25), False, False),
+        (lambda: layer.set_adapter([]), False, False),
+        (lambda: layer.enable_adapters(False), False, False),
+        (lambda: (layer.enable_adapters(True), layer.set_adapter(["default"])), False, False),
+        (lambda: (layer.scaling.update(default=0.5), model.half()), False, True),  # where weights have moved, too
+        (lambda: (layer.scaling.update(default=1.0), exchange(layer.lora_A._modules, "default", wide)), True, False),
+        (lambda: (layer.scaling.update(default=0.5), exchange(model._modules, "2", nn.ReLU())), True, True),
+        (lambda: layer.scaling.update(other=1.0), True, False),
+    ]
+    for change, is_read, is_another in changes:
+        generation, version = state.generation, state.version
+        change()
+        reads.clear()
+        state.refresh()
+        assert (bool(reads), state.version > version) == (is_read, is_another)
+        assert state.generation > generation
+        assert state.adapters.dirty
+        state.merge_adapters()
+        assert state.pointers == tuple(tensor.data_ptr() for tensor in state.weights)
