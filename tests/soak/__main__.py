@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -22,13 +23,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sequence: the same seed is the same sequence")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--replay", nargs="+", type=Step.parse, help="these steps, as a failure prints them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more are begun")
     parser.add_argument("--shrink", type=float, default=120, help="seconds to look for a shorter failing sequence")
     parser.add_argument("--growth", type=float, default=64, help="MiB by which memory may grow over the second half")
     options = parser.parse_args()
     torch.set_num_threads(1)
     steps = options.replay or choose(options.operations, options.seed, torch.device(options.device))
     original, started = load(options.device), time.monotonic()
-    result = run(original, steps, lambda line: print(line, flush=True))
+    in_time = itertools.takewhile(lambda _: time.monotonic() - started < options.seconds, steps)
+    result = run(original, in_time, lambda line: print(line, flush=True))
     print(f"\n{summary(result)}, {time.monotonic() - started:.0f} s")
     if result.failure is not None:
         print(f"\n{result.failure}\nfailed at {result.done[-1]}; looking for a shorter sequence")

@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -88,7 +88,7 @@ def load(device: str) -> StableDiffusionPipeline:
 
 
 def run(
-    original: StableDiffusionPipeline, steps: Sequence[Step], tell: Callable[[str], None] = lambda line: None
+    original: StableDiffusionPipeline, steps: Iterable[Step], tell: Callable[[str], None] = lambda line: None
 ) -> Run:
     """Do the steps to a new pair of pipelines, and stop at the first failure. `tell` gets a line for each."""
     result, operations = Run(), {known.name: known for known in OPERATIONS}
