@@ -96,6 +96,7 @@ def test_table_takes_the_median_of_the_later_ones():
         ["--device", "cuda:99"],
         ["--out", "picture.weird"],
         ["--out", "folder"],
+        ["--out", f"{__file__}/picture.png"],
     ],
 )
 def test_bad_options_are_refused(arguments, capsys):
