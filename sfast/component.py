@@ -24,7 +24,7 @@ from sfast.fusions import chosen_fusions
 from sfast.kv_cache import without_kv_cache
 from sfast.locks import give_way, lock_of, locks_of
 from sfast.loop import Pictures
-from sfast.lora import take_scale
+from sfast.lora import is_swapped, take_scale
 from sfast.numbers import Given, Numbers
 from sfast.override import Override, can_override, go_into_copies, override_method, restore_method, stay_out_of_copies
 from sfast.placement import Placement
@@ -243,6 +243,7 @@ class Component(Override):
         if (
             not self.config.enable_cuda_graph
             or state.adapters.dirty
+            or is_swapped(self.module)
             or not state.in_place()
             or state.why_eager(tensors)
         ):

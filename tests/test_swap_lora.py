@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sfast
-from sfast import inject, locks
-from sfast.lora import _name_of
+from sfast import inject, launch, locks
+from sfast.lora import _loaded, _name_of
+from sfast.plan import Plan
 from tests import lora_files
 from tests.lora_files import ATTENTION, EVERYTHING, FEED_FORWARD, PROMPT, TEXT
 from tests.test_inject import assert_same, facts
@@ -121,6 +123,30 @@ def test_sets_of_files(user: User) -> None:
         assert sorted(user.pipe.get_active_adapters()) == user.names()
         assert memory.setdefault(frozenset(adapters), user.memory()) == user.memory()
     assert memory[frozenset()] == 0
+
+
+def test_a_swap_wastes_no_step(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = user.file(BOTH)
+    sfast.compile(user.pipe)
+    user.swap({path: 1.0})
+    draw = functools.partial(TINY[NAME].draw, user.pipe, steps=2, output_type="latent")
+    draw()
+    runs: list[Any] = []
+    monkeypatch.setattr(Plan, "ready", lambda plan, pointers: True)  # as if there were graphs
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda component, *rest: (runs.append(component.name), run(component, *rest))[1])
+    draw()
+    steps = len(runs)
+    for swap, wasted in (
+        (lambda: None, 0),
+        (lambda: user.pipe.set_adapters(_loaded(user.pipe), [0.25]), 2),  # one of each part that has some
+        (lambda: user.swap({path: 0.5}), 0),
+        (lambda: user.swap({}), 0),
+    ):
+        swap()
+        runs.clear()
+        draw()
+        assert len(runs) == steps + wasted
 
 
 def test_what_a_user_has_loaded_stays(user: User) -> None:
