@@ -16,11 +16,11 @@ from sfast.kernels import (
     linear_rounded,
     linear_runs,
     linear_swiglu,
-    modulate,
     rms_norm,
     rotary,
     runs,
 )
+from sfast.kernels import modulate_references as references
 
 
 class Case(NamedTuple):
@@ -126,16 +126,26 @@ def row_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
             gate, scale, _ = parts()
             return randn(B, T, C), randn(B, T, C), randn(C), 1e-5, gate, randn(C), 1e-5, scale
 
-        reference = modulate.layer_norm_modulate_reference
+        reference = references.layer_norm_modulate_reference
         yield Case("layer_norm_modulate", shape, ops.layer_norm_modulate, reference, norm, 2 * elements, 0)
-        name, joined = "gate_add_layer_norm_modulate", modulate.gate_add_layer_norm_modulate_reference
+        name, joined = "gate_add_layer_norm_modulate", references.gate_add_layer_norm_modulate_reference
         yield Case(name, shape, ops.gate_add_layer_norm_modulate, joined, gated, 4 * elements, 0)
-        yield Case("gate_add", shape, ops.gate_add, modulate.gate_add_reference, sum_, 3 * elements, 0)
-        name, both = "gate_rms_norm_add_rms_norm_scale", modulate.gate_rms_norm_add_rms_norm_scale_reference
+        if B > 1:  # a block of two attentions, with guidance
+
+            def twice(gated: Callable[[], tuple] = gated, sum_: Callable[[], tuple] = sum_) -> tuple:
+                return *gated()[:3], *sum_()[1:], *gated()[3:]
+
+            name, joined = (
+                f"gate_add_twice{name.removeprefix('gate_add')}",
+                references.gate_add_twice_layer_norm_modulate_reference,
+            )
+            yield Case(name, shape, ops.gate_add_twice_layer_norm_modulate, joined, twice, 5 * elements, 0)
+        yield Case("gate_add", shape, ops.gate_add, references.gate_add_reference, sum_, 3 * elements, 0)
+        name, both = "gate_rms_norm_add_rms_norm_scale", references.gate_rms_norm_add_rms_norm_scale_reference
         yield Case(name, shape, ops.gate_rms_norm_add_rms_norm_scale, both, scaled, 4 * elements, 0)
         name, both = (
             "tanh_" + name.replace("scale", "modulate"),
-            modulate.tanh_gate_rms_norm_add_rms_norm_modulate_reference,
+            references.tanh_gate_rms_norm_add_rms_norm_modulate_reference,
         )
         yield Case(name, shape, getattr(ops, name), both, scaled, 4 * elements, 0)
 
@@ -148,7 +158,7 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         gate, scale, shift = randn(1, T, 6 * C, std=0.3).float().view(1, T, 6, C).unbind(2)[:3]
         return randn(1, T, C), randn(1, T, C), gate, [C], None, None, 1e-6, scale, shift
 
-    name, reference = "gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference
+    name, reference = "gate_add_layer_norm_modulate_wide", references.gate_add_layer_norm_modulate_wide_reference
     yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_wide, reference, gated, 10 * T * C, 0)
 
     def summed() -> tuple:
@@ -157,7 +167,7 @@ def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         modulation = (table[1], each[1], table[0], each[0])
         return randn(1, T, C), randn(1, T, C), table[2], each[2], [C], None, None, 1e-6, *modulation
 
-    name, reference = "gate_add_layer_norm_modulate_sums", modulate.gate_add_layer_norm_modulate_sums_reference
+    name, reference = "gate_add_layer_norm_modulate_sums", references.gate_add_layer_norm_modulate_sums_reference
     yield Case(name, f"1x{T}x{C}", ops.gate_add_layer_norm_modulate_sums, reference, summed, 7 * T * C, 0)
 
     def rows() -> tuple:
@@ -218,12 +228,12 @@ def run_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         modulation = (table[1], each[1], table[0], each[0], run)
         return randn(1, T, C), randn(1, T, C), table[2], each[2], [C], None, None, 1e-6, *modulation
 
-    name, reference = "gate_add_layer_norm_modulate_runs", modulate.gate_add_layer_norm_modulate_sums_reference
+    name, reference = "gate_add_layer_norm_modulate_runs", references.gate_add_layer_norm_modulate_sums_reference
     yield Case(
         name,
         f"1x{T}x{C}",
         ops.gate_add_layer_norm_modulate_runs,
-        modulate.of_runs(reference),
+        references.of_runs(reference),
         modulated,
         4 * T * C,
         0,

@@ -73,7 +73,7 @@ def agree(made: Trace, call: Callable[..., object], weights: list[Tensor], *args
 def test_an_embedding_of_equal_rows_is_computed_once_and_modulates_all_tokens(weights) -> None:
     made = traced(forward, weights, *inputs(LENGTHS["frames"]))
     assert made.fusions["runs"] == 1
-    kinds = [node.kind() for node in made.graph.nodes()]
+    kinds = [node.kind() for node in made.function.graph.nodes()]
     assert kinds.count("sfast::linear_runs") == 3 and kinds.count("sfast::runs") == 1
     assert [kind for kind in kinds if "modulate" in kind or "index_select" in kind] == [
         "sfast::layer_norm_modulate_runs",
@@ -105,7 +105,7 @@ def mixed(weights: list[Tensor], x: Tensor, rows: Tensor) -> Tensor:
 
 def test_a_chain_begins_where_rows_are_no_longer_mixed(weights) -> None:
     made = traced(mixed, weights, *inputs(LENGTHS["one"]))
-    assert [node.kind() for node in made.graph.nodes()].count("sfast::linear_runs") == 1
+    assert [node.kind() for node in made.function.graph.nodes()].count("sfast::linear_runs") == 1
     agree(made, mixed, weights, *inputs(LENGTHS["one"]))
 
 

@@ -195,6 +195,16 @@ TRANSFORMER_CASES = [
         (V, V + 1, ROW),
     ),
     Case(
+        "gate_add_twice_layer_norm_modulate",
+        lambda x, y, r: _with_sum(_gate(r * 2) * x.sin() + (x + y * _gate(r)), r),
+        twice(
+            lambda x, y, r: V + _gate(r) * y,
+            lambda m: _with_sum(m + _gate(ROW) * V, ROW),
+        ),
+        lambda x, y, r: _with_sum(torch.add(x + _gate(r) * y, x.sin() * _gate(r * 2), alpha=2), r),
+        (V, V + 1, ROW),
+    ),
+    Case(
         "gate_add",
         lambda x, y, r: x + _gate(r) * y,
         twice(lambda x, y, r: _gate(r) * y, lambda m: m + V),

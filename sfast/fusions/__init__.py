@@ -38,6 +38,7 @@ from sfast.fusions.modulate import (
     ADD_LAYER_NORM_MODULATE,
     GATE_ADD,
     GATE_ADD_LAYER_NORM_MODULATE,
+    GATE_ADD_TWICE_LAYER_NORM_MODULATE,
     GATE_RMS_NORM_ADD,
     GATE_RMS_NORM_ADD_RMS_NORM_SCALE,
     LAYER_NORM_MODULATE,
@@ -83,7 +84,8 @@ FUSIONS: list[Fusion] = [
     CAT_RMS_NORM,
     *LAYER_NORM_WIDE,  # before the others, which would leave the conversions; the longest first
     *MODULATE_SUMS,  # made of the operators before
-    GATE_ADD_LAYER_NORM_MODULATE,  # the longest first; before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
+    GATE_ADD_TWICE_LAYER_NORM_MODULATE,  # the longest first
+    GATE_ADD_LAYER_NORM_MODULATE,  # before ADD_LAYER_NORM and LAYER_NORM, which would take the norm
     ADD_LAYER_NORM_MODULATE,
     LAYER_NORM_MODULATE,
     TANH_GATE_RMS_NORM_ADD_RMS_NORM_MODULATE,  # the longest first

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfast.kernels import modulate
+from sfast.kernels import modulate_references as references
 from sfast.rewrite import Fusion
 
 _NEEDS = ("enable_triton", "enable_fused_modulation")
@@ -28,24 +28,32 @@ def is_part(value: Any) -> bool:
 _GATE = {"gate": is_part}
 
 LAYER_NORM_MODULATE = Fusion(
-    "layer_norm_modulate", modulate.layer_norm_modulate_reference, (_X, *_NORM), needs=_NEEDS, shared=_SHARED
+    "layer_norm_modulate", references.layer_norm_modulate_reference, (_X, *_NORM), needs=_NEEDS, shared=_SHARED
 )
 ADD_LAYER_NORM_MODULATE = Fusion(
     "add_layer_norm_modulate",
-    modulate.add_layer_norm_modulate_reference,
+    references.add_layer_norm_modulate_reference,
     (_X, _X + 1, *_NORM),
     needs=_NEEDS,
     shared=_SHARED,
 )
 GATE_ADD_LAYER_NORM_MODULATE = Fusion(
     "gate_add_layer_norm_modulate",
-    modulate.gate_add_layer_norm_modulate_reference,
+    references.gate_add_layer_norm_modulate_reference,
     (_X, _X + 1, _ROW + 2, *_NORM),
     needs=_NEEDS,
     only=_GATE,
     shared=_SHARED,
 )
-GATE_ADD = Fusion("gate_add", modulate.gate_add_reference, (_X, _X + 1, _ROW), needs=_NEEDS, only=_GATE)
+GATE_ADD_TWICE_LAYER_NORM_MODULATE = Fusion(
+    "gate_add_twice_layer_norm_modulate",
+    references.gate_add_twice_layer_norm_modulate_reference,
+    (_X, _X + 1, _ROW + 2, _X + 2, _ROW + 3, *_NORM),
+    needs=_NEEDS,
+    only={"gate": is_part, "gate_z": is_part},
+    shared=_SHARED,
+)
+GATE_ADD = Fusion("gate_add", references.gate_add_reference, (_X, _X + 1, _ROW), needs=_NEEDS, only=_GATE)
 
 
 def _rms_norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Any:
@@ -70,7 +78,7 @@ RMS_NORM_SCALE = Fusion("rms_norm_scale", _rms_norm_scale, (_X, _WEIGHT, _EPS, _
 GATE_RMS_NORM_ADD = Fusion("gate_rms_norm_add", _gate_rms_norm_add, _RMS_Y, needs=_NEEDS)
 GATE_RMS_NORM_ADD_RMS_NORM_SCALE = Fusion(
     "gate_rms_norm_add_rms_norm_scale",
-    modulate.then(_gate_rms_norm_add, _rms_norm_scale),
+    references.then(_gate_rms_norm_add, _rms_norm_scale),
     (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
     needs=_NEEDS,
 )
@@ -78,7 +86,7 @@ RMS_NORM_MODULATE = Fusion("rms_norm_modulate", _rms_norm_modulate, (_X, _WEIGHT
 TANH_GATE_RMS_NORM_ADD = Fusion("tanh_gate_rms_norm_add", _tanh_gate_rms_norm_add, _RMS_Y, needs=_NEEDS)
 TANH_GATE_RMS_NORM_ADD_RMS_NORM_MODULATE = Fusion(
     "tanh_gate_rms_norm_add_rms_norm_modulate",
-    modulate.then(_tanh_gate_rms_norm_add, _rms_norm_modulate),
+    references.then(_tanh_gate_rms_norm_add, _rms_norm_modulate),
     (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
     needs=_NEEDS,
 )
@@ -102,21 +110,21 @@ LAYER_NORM_WIDE = [
     *(
         Fusion(name, pattern, (_HALF, _HALF + 1, _ROW, *norm), needs=_NEEDS, only=_GATE, shared=_CAST)
         for name, spelled, norm in (
-            ("gate_add_layer_norm_modulate_wide", modulate.gate_add_layer_norm_modulate_wide_reference, _NORM),
-            ("gate_add_layer_norm_wide", modulate.gate_add_layer_norm_wide_reference, _WIDE_NORM),
+            ("gate_add_layer_norm_modulate_wide", references.gate_add_layer_norm_modulate_wide_reference, _NORM),
+            ("gate_add_layer_norm_wide", references.gate_add_layer_norm_wide_reference, _WIDE_NORM),
         )
         for pattern in (_of_wide(spelled), spelled)  # the longer first
     ),
     Fusion(
         "layer_norm_modulate_wide",
-        modulate.layer_norm_modulate_wide_reference,
+        references.layer_norm_modulate_wide_reference,
         (_HALF, *_NORM),
         needs=_NEEDS,
         shared=_CAST,
     ),
-    Fusion("layer_norm_wide", modulate.layer_norm_wide_reference, (_HALF, *_WIDE_NORM), needs=_NEEDS, shared=_CAST),
+    Fusion("layer_norm_wide", references.layer_norm_wide_reference, (_HALF, *_WIDE_NORM), needs=_NEEDS, shared=_CAST),
     *(
         Fusion("gate_add_wide", pattern, (_HALF, _HALF + 1, _ROW), needs=_NEEDS, only=_GATE, shared=_CAST)
-        for pattern in (_of_wide(modulate.gate_add_wide_reference), modulate.gate_add_wide_reference)
+        for pattern in (_of_wide(references.gate_add_wide_reference), references.gate_add_wide_reference)
     ),
 ]

@@ -12,19 +12,17 @@ something for every token, sums which would be more to write and to read than an
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels import modulate_kernels as bits
+from sfast.kernels import modulate_references as references
 from sfast.kernels.op import define
 from sfast.kernels.overlap import launch_options
-from sfast.kernels.runs import spread
 from sfast.kernels.triton_or_none import triton, triton_takes
 
 MAX_WIDTH = 16384  # elements of a row that fit into one program's registers
@@ -32,155 +30,21 @@ MOST_PIECES = 5  # of a row; more would be compiled for longer than they run fas
 MOST_IDLE = 1 / 6  # of the lanes, where that can be had
 WARP = 256  # elements that a warp reads at once, 16 bytes a lane
 
-# x, y [B, T, C] or [T, C]; gate, scale, shift broadcast to x: [B, 1, C] mostly; weight, bias [C]. Of sums: gate, scale, shift
-# [1, 1, 1, C], and gate_more, scale_more, shift_more [B, T, 1, C]; of runs, those in the order of `run` [B T].
-
-
-def add_reference(x: Tensor, y: Tensor) -> Tensor:
-    """x + y."""
-    return x + y
-
-
-def gate_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y."""
-    return x + gate * y
-
-
-def gate_add_wide_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate in fp32, rounded to x's precision."""
-    return (_wide(x) + y * gate).type_as(x)
-
-
-def gate_add_sums_reference(x: Tensor, y: Tensor, gate: Tensor, gate_more: Tensor) -> Tensor:
-    """x + y * (gate + gate_more) in fp32, rounded to x's precision."""
-    return gate_add_wide_reference(x, y, _sum(gate, gate_more))
-
-
-def gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
-    """x + gate * rms_norm(y)."""
-    return x + gate * F.rms_norm(y, weight_y.shape, weight_y, eps_y)
-
-
-def rms_norm_scale_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
-    """rms_norm(x) * scale."""
-    return F.rms_norm(x, weight.shape, weight, eps) * scale
-
-
-def tanh_gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
-    """x + tanh(gate) * rms_norm(y)."""
-    return gate_rms_norm_add_reference(x, y, weight_y, eps_y, gate.tanh())
-
-
-def rms_norm_modulate_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
-    """rms_norm(x) * (1 + scale)."""
-    return rms_norm_scale_reference(x, weight, eps, 1 + scale)
-
-
-def layer_norm_modulate_reference(
-    x: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor,
-) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift."""
-    return F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift
-
-
-def layer_norm_wide_reference(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """layer_norm(x) in fp32, rounded to x's precision: the parameters may be fp32."""
-    return F.layer_norm(_wide(x), normalized_shape, weight, bias, eps).type_as(x)
-
-
-def layer_norm_modulate_wide_reference(
-    x: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor,
-) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift in fp32, rounded to x's precision."""
-    return layer_norm_modulate_reference(_wide(x), normalized_shape, weight, bias, eps, scale, shift).type_as(x)
-
-
-def layer_norm_modulate_sums_reference(
-    x: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    scale_more: Tensor,
-    shift: Tensor,
-    shift_more: Tensor,
-) -> Tensor:
-    """layer_norm(x) * (1 + scale + scale_more) + shift + shift_more in fp32, rounded to x's precision."""
-    modulation = _sum(scale, scale_more), _sum(shift, shift_more)
-    return layer_norm_modulate_wide_reference(x, normalized_shape, weight, bias, eps, *modulation)
-
-
-def of_runs(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The same where each `.._more` has a row for each run: one argument more, last, tells every token's."""
-    arguments = list(inspect.signature(reference).parameters.values())
-    places = [place for place, argument in enumerate(arguments) if argument.name.endswith("_more")]
-
-    def spreading(*args: Any) -> Any:
-        *given, run = args
-        for place in places:
-            given[place] = spread(given[place], run)
-        return reference(*given)
-
-    run = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    spreading.__signature__ = inspect.Signature([*arguments, run])  # type: ignore[attr-defined]
-    return spreading
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _sum(table: Tensor, more: Tensor) -> Tensor:
-    return (table + _wide(more)).squeeze(2)
-
-
-def then(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """(second(total, ..), total) for total = first(..), as a function of the first's arguments and then the second's."""
-    before, (_, *behind) = (list(inspect.signature(each).parameters.values()) for each in (first, second))
-
-    def both(*args: Any) -> tuple[Any, Any]:
-        total = first(*args[: len(before)])
-        return second(total, *args[len(before) :]), total
-
-    both.__signature__ = inspect.Signature([*before, *behind])  # type: ignore[attr-defined]
-    return both
-
-
-add_layer_norm_modulate_reference = then(add_reference, layer_norm_modulate_reference)
-gate_add_layer_norm_modulate_reference = then(gate_add_reference, layer_norm_modulate_reference)
-gate_add_layer_norm_wide_reference = then(gate_add_wide_reference, layer_norm_wide_reference)
-gate_add_layer_norm_modulate_wide_reference = then(gate_add_wide_reference, layer_norm_modulate_wide_reference)
-gate_add_layer_norm_sums_reference = then(gate_add_sums_reference, layer_norm_wide_reference)
-gate_add_layer_norm_modulate_sums_reference = then(gate_add_sums_reference, layer_norm_modulate_sums_reference)
-gate_rms_norm_add_rms_norm_scale_reference = then(gate_rms_norm_add_reference, rms_norm_scale_reference)
-tanh_gate_rms_norm_add_rms_norm_modulate_reference = then(tanh_gate_rms_norm_add_reference, rms_norm_modulate_reference)
-
+# x, y, z [B, T, C] or [T, C]; gates, scale, shift broadcast to x: [B, 1, C] mostly; weight, bias [C]. Of sums: gate, scale,
+# shift [1, 1, 1, C], and gate_more, scale_more, shift_more [B, T, 1, C]; of runs, those in the order of `run` [B T].
 
 # ------------------------------------------------------------------------------------------------------------ the launch
 
 
 class Job(NamedTuple):
-    """total = x + gate * norm_y(y); out = norm(total) * scale + shift; each part only where it is given."""
+    """total = x + gate * norm_y(y) + gate_z * z; out = norm(total) * scale + shift; each part only where it is given."""
 
     x: Tensor
     y: Tensor | None = None
     gate: Tensor | None = None
     gate_more: Tensor | None = None  # to be added to gate, as others to scale and shift
+    z: Tensor | None = None
+    gate_z: Tensor | None = None
     weight_y: Tensor | None = None  # of an RMSNorm of y
     eps_y: float = 0.0
     normalized_shape: list[int] | None = None  # of a LayerNorm
@@ -208,7 +72,7 @@ class Job(NamedTuple):
 
 def process(job: Job) -> tuple[Tensor, Tensor]:
     """(out, total); where there is no norm the two are one."""
-    x, y = _as_samples(job.x), None if job.y is None else _as_samples(job.y)
+    x, y, z = _as_samples(job.x), *(None if each is None else _as_samples(each) for each in (job.y, job.z))
     B, T, width = x.shape
     out = x.new_empty(job.x.shape)
     total = x.new_empty(job.x.shape) if y is not None and job.normalizes else out
@@ -227,17 +91,18 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.MORE: any(part is not None for part in job.more),
         bits.RUNS: job.run is not None,
         bits.TANH: job.tanh,
+        bits.TWICE: z is not None,
     }
     block, pieces = tile(width)
     rows = max(1, WARP // block)
-    many = given[bits.NORM_Y] or given[bits.MORE]
+    many = given[bits.NORM_Y] or given[bits.MORE] or given[bits.TWICE]
     held = WARP // 2 if many else WARP  # elements of each part, by a warp
     blocks = triton.cdiv(T, rows)
     bits.modulate_rows[(B * blocks,)](
         x,
         x if y is None else y,
         *(x if part is None else part for part in (job.weight_y, job.gate, job.weight, job.bias, job.scale, job.shift)),
-        *(x if part is None else part for part in (*job.more, job.run)),
+        *(x if part is None else part for part in (*job.more, job.run, z, job.gate_z)),
         out,
         total,
         T,
@@ -246,6 +111,8 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         *x.stride()[:2],
         *((0, 0) if y is None else y.stride()[:2]),
         *(stride for part in (job.gate, job.scale, job.shift, *job.more) for stride in _strides(part, job.x)),
+        *((0, 0) if z is None else z.stride()[:2]),
+        *_strides(job.gate_z, job.x),
         job.eps,
         job.eps_y,
         FLAGS=sum(bit for bit, is_given in given.items() if is_given),
@@ -292,12 +159,12 @@ def takes(job: Job) -> bool:
         return False
     if job.normalized_shape is not None and list(job.normalized_shape) != [x.shape[-1]]:
         return False
-    if job.y is not None and (job.y.shape != x.shape or not _alike(job.y, x)):
+    if any(each is not None and (each.shape != x.shape or not _alike(each, x)) for each in (job.y, job.z)):
         return False
     for part in (job.weight_y, job.weight, job.bias):
         if part is not None and not (part.shape == x.shape[-1:] and part.stride(0) == 1 and _alike(part, x, job.wide)):
             return False
-    rows = [part for part in (job.gate, job.scale, job.shift, *job.more) if part is not None]
+    rows = [part for part in (job.gate, job.gate_z, job.scale, job.shift, *job.more) if part is not None]
     if not all(_broadcasts(part, x) and _alike(part, x, job.wide) for part in rows):
         return False
     more = [part for part in job.more if part is not None]
@@ -333,11 +200,12 @@ def _broadcasts(part: Tensor, x: Tensor) -> bool:
 JOBS: dict[str, Callable[..., Job]] = {}  # what each operator does with its arguments
 
 
-def _define(signature: str, reference: Callable[..., Any], **how: bool) -> None:
+def _define(signature: str, reference: Callable[..., Any] | None = None, **how: bool) -> None:
     """Register an operator whose arguments are a job's parts, by their names; `how` they are meant."""
     name, _, rest = signature.partition("(")
+    reference = reference or getattr(references, f"{name}_reference")
     parts = re.findall(r"(\w+)(?:,|$)", rest.removesuffix(")"))
-    two = re.search("add_(layer|rms)_norm", name) is not None
+    two = re.search("add_(layer|rms|twice_layer)_norm", name) is not None
 
     def job(*args: Any) -> Job:
         given: dict[str, Any] = dict(zip(parts, args, strict=True)) | how
@@ -362,38 +230,32 @@ def _define(signature: str, reference: Callable[..., Any], **how: bool) -> None:
 
 
 _X, _Y, _GATE, _MORE = "Tensor x", "Tensor x, Tensor y", "Tensor x, Tensor y, Tensor gate", "Tensor gate_more"
+_Z = "Tensor z, Tensor gate_z"
 _NORM = "int[] normalized_shape, Tensor? weight, Tensor? bias, float eps"
 _SHIFT, _SUMS = "Tensor scale, Tensor shift", "Tensor scale, Tensor scale_more, Tensor shift, Tensor shift_more"
 _RMS_Y, _RMS = f"{_Y}, Tensor weight_y, float eps_y, Tensor gate", "Tensor weight, float eps, Tensor scale"
 
-_define(f"gate_add({_GATE})", gate_add_reference)
-_define(f"gate_add_wide({_GATE})", gate_add_wide_reference, wide=True)
-_define(f"layer_norm_wide({_X}, {_NORM})", layer_norm_wide_reference, wide=True)
-_define(f"gate_add_layer_norm_wide({_GATE}, {_NORM})", gate_add_layer_norm_wide_reference, wide=True)
-_define(f"layer_norm_modulate({_X}, {_NORM}, {_SHIFT})", layer_norm_modulate_reference, one=True)
-_define(f"add_layer_norm_modulate({_Y}, {_NORM}, {_SHIFT})", add_layer_norm_modulate_reference, one=True)
-_define(f"gate_add_layer_norm_modulate({_GATE}, {_NORM}, {_SHIFT})", gate_add_layer_norm_modulate_reference, one=True)
-for _name, _first, _last, _reference in (
-    ("layer_norm_modulate_wide", _X, _SHIFT, layer_norm_modulate_wide_reference),
-    ("gate_add_layer_norm_modulate_wide", _GATE, _SHIFT, gate_add_layer_norm_modulate_wide_reference),
-    ("layer_norm_modulate_sums", _X, _SUMS, layer_norm_modulate_sums_reference),
-    ("gate_add_layer_norm_modulate_sums", f"{_GATE}, {_MORE}", _SUMS, gate_add_layer_norm_modulate_sums_reference),
-    ("gate_add_layer_norm_sums", f"{_GATE}, {_MORE}", "", gate_add_layer_norm_sums_reference),
+_define(f"gate_add({_GATE})")
+_define(f"gate_add_wide({_GATE})", wide=True)
+_define(f"layer_norm_wide({_X}, {_NORM})", wide=True)
+_define(f"gate_add_layer_norm_wide({_GATE}, {_NORM})", wide=True)
+_define(f"layer_norm_modulate({_X}, {_NORM}, {_SHIFT})", one=True)
+_define(f"add_layer_norm_modulate({_Y}, {_NORM}, {_SHIFT})", one=True)
+_define(f"gate_add_layer_norm_modulate({_GATE}, {_NORM}, {_SHIFT})", one=True)
+_define(f"gate_add_twice_layer_norm_modulate({_GATE}, {_Z}, {_NORM}, {_SHIFT})", one=True)
+_define(f"layer_norm_modulate_wide({_X}, {_NORM}, {_SHIFT})", one=True, wide=True)
+_define(f"gate_add_layer_norm_modulate_wide({_GATE}, {_NORM}, {_SHIFT})", one=True, wide=True)
+for _name, _arguments in (
+    ("layer_norm_modulate", f"{_X}, {_NORM}, {_SUMS}"),
+    ("gate_add_layer_norm", f"{_GATE}, {_MORE}, {_NORM}"),
+    ("gate_add_layer_norm_modulate", f"{_GATE}, {_MORE}, {_NORM}, {_SUMS}"),
 ):
-    _arguments = f"{_first}, {_NORM}, {_last}".removesuffix(", ")
-    _define(f"{_name}({_arguments})", _reference, one=True, wide=True)
-    if _name.endswith("_sums"):
-        _runs = f"{_name.removesuffix('_sums')}_runs({_arguments}, Tensor run)"
-        _define(_runs, of_runs(_reference), one=True, wide=True)
-_define(f"rms_norm_scale({_X}, {_RMS})", rms_norm_scale_reference, rms=True)
-_define(f"rms_norm_modulate({_X}, {_RMS})", rms_norm_modulate_reference, rms=True, one=True)
-_define(f"gate_rms_norm_add({_RMS_Y})", gate_rms_norm_add_reference)
-_define(f"tanh_gate_rms_norm_add({_RMS_Y})", tanh_gate_rms_norm_add_reference, tanh=True)
-_define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", gate_rms_norm_add_rms_norm_scale_reference, rms=True)
-_define(
-    f"tanh_gate_rms_norm_add_rms_norm_modulate({_RMS_Y}, {_RMS})",
-    tanh_gate_rms_norm_add_rms_norm_modulate_reference,
-    rms=True,
-    one=True,
-    tanh=True,
-)
+    _reference = getattr(references, f"{_name}_sums_reference")
+    _define(f"{_name}_sums({_arguments})", one=True, wide=True)
+    _define(f"{_name}_runs({_arguments}, Tensor run)", references.of_runs(_reference), one=True, wide=True)
+_define(f"rms_norm_scale({_X}, {_RMS})", rms=True)
+_define(f"rms_norm_modulate({_X}, {_RMS})", rms=True, one=True)
+_define(f"gate_rms_norm_add({_RMS_Y})")
+_define(f"tanh_gate_rms_norm_add({_RMS_Y})", tanh=True)
+_define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", rms=True)
+_define(f"tanh_gate_rms_norm_add_rms_norm_modulate({_RMS_Y}, {_RMS})", rms=True, one=True, tanh=True)

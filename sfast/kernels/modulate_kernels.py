@@ -11,7 +11,9 @@ from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
 # Bits of FLAGS: what there is.
-ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS, TANH = (1 << bit for bit in range(14))
+ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS, TANH, TWICE = (
+    1 << bit for bit in range(15)
+)
 
 
 @triton.jit
@@ -47,6 +49,8 @@ def modulate_rows(
     scale_more: tl.tensor,
     shift_more: tl.tensor,
     run: tl.tensor,
+    z: tl.tensor,
+    gate_z: tl.tensor,
     out: tl.tensor,
     total: tl.tensor,
     T: tl.tensor,
@@ -68,6 +72,10 @@ def modulate_rows(
     scale_more_token: tl.tensor,
     shift_more_batch: tl.tensor,
     shift_more_token: tl.tensor,
+    z_batch: tl.tensor,
+    z_token: tl.tensor,
+    gate_z_batch: tl.tensor,
+    gate_z_token: tl.tensor,
     eps: tl.tensor,
     eps_y: tl.tensor,
     FLAGS: tl.constexpr,
@@ -89,6 +97,9 @@ def modulate_rows(
     v = _load(x + sample * x_batch + token * x_token, live, width, lane, PIECES, BLOCK)
     if FLAGS & 1 != 0:  # ADD
         w = _load(y + sample * y_batch + token * y_token, live, width, lane, PIECES, BLOCK)
+    if FLAGS & 16384 != 0:  # TWICE
+        u = _load(z + sample * z_batch + token * z_token, live, width, lane, PIECES, BLOCK)
+        g_z = _load(gate_z + sample * gate_z_batch + token * gate_z_token, live, width, lane, PIECES, BLOCK)
     if FLAGS & 2 != 0:  # GATE
         g = _load(gate + sample * gate_batch + token * gate_token, live, width, lane, PIECES, BLOCK)
         if FLAGS & 2048 != 0:  # MORE
@@ -134,6 +145,8 @@ def modulate_rows(
                     gates = _tanh(gates)
                 other = other * gates
             one += other
+        if FLAGS & 16384 != 0:
+            one += u[piece].to(tl.float32) * g_z[piece].to(tl.float32)
         if FLAGS & 8 != 0:  # TOTAL
             tl.store(total + to + at, one.to(total.dtype.element_ty), mask=live & (at < width))
         sums += one

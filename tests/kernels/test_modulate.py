@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels import modulate
+from sfast.kernels import modulate_references as references
 from tests.kernels.fp64 import assert_close_to_fp64
 
 ops = torch.ops.sfast
@@ -34,14 +35,19 @@ def test_layer_norm(kind, shape, dtype, device, runs_kernel) -> None:
         if runs_kernel:
             assert modulate.takes(modulate.JOBS["gate_add_layer_norm_modulate"](x, y, gate, *norm))
         result = ops.layer_norm_modulate(x, *norm)
-        assert_close_to_fp64(result, modulate.layer_norm_modulate_reference, x, *norm)
+        assert_close_to_fp64(result, references.layer_norm_modulate_reference, x, *norm)
         for part, result in enumerate(ops.add_layer_norm_modulate(x, y, *norm)):
-            assert_close_to_fp64(result, modulate.add_layer_norm_modulate_reference, x, y, *norm, part=part)
+            assert_close_to_fp64(result, references.add_layer_norm_modulate_reference, x, y, *norm, part=part)
         for pair in ((y, gate), (gate, y)) if kind == "samples" else ((y, gate),):
             inputs = (x, *pair, *norm)
             for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
-                assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
-    assert_close_to_fp64(ops.gate_add(x, y, gate), modulate.gate_add_reference, x, y, gate)
+                assert_close_to_fp64(result, references.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+        inputs = (x, y, gate, x.flip(1), scale, *norm)
+        if runs_kernel:
+            assert modulate.takes(modulate.JOBS["gate_add_twice_layer_norm_modulate"](*inputs))
+        for part, result in enumerate(ops.gate_add_twice_layer_norm_modulate(*inputs)):
+            assert_close_to_fp64(result, references.gate_add_twice_layer_norm_modulate_reference, *inputs, part=part)
+    assert_close_to_fp64(ops.gate_add(x, y, gate), references.gate_add_reference, x, y, gate)
 
 
 @dtypes
@@ -51,24 +57,24 @@ def test_rms_norm(shape, dtype, device, runs_kernel) -> None:
     gate, scale, _ = rows("samples", shape, device, dtype)
     weight, weight_y = ((1 + 0.3 * torch.randn(shape[-1], device=device)).to(dtype) for _ in range(2))
     inputs = (x, weight, 1e-6, scale)
-    assert_close_to_fp64(ops.rms_norm_scale(*inputs), modulate.rms_norm_scale_reference, *inputs)
+    assert_close_to_fp64(ops.rms_norm_scale(*inputs), references.rms_norm_scale_reference, *inputs)
     inputs = (x, y, weight_y, 1e-2, gate)
-    assert_close_to_fp64(ops.gate_rms_norm_add(*inputs), modulate.gate_rms_norm_add_reference, *inputs)
+    assert_close_to_fp64(ops.gate_rms_norm_add(*inputs), references.gate_rms_norm_add_reference, *inputs)
     inputs = (*inputs, weight, 1e-6, scale)
     if runs_kernel:
         assert modulate.takes(modulate.JOBS["gate_rms_norm_add_rms_norm_scale"](*inputs))
     for part, result in enumerate(ops.gate_rms_norm_add_rms_norm_scale(*inputs)):
-        assert_close_to_fp64(result, modulate.gate_rms_norm_add_rms_norm_scale_reference, *inputs, part=part)
+        assert_close_to_fp64(result, references.gate_rms_norm_add_rms_norm_scale_reference, *inputs, part=part)
     name = "tanh_gate_rms_norm_add_rms_norm_modulate"
     for part, result in enumerate(getattr(ops, name)(*inputs)):
-        assert_close_to_fp64(result, getattr(modulate, f"{name}_reference"), *inputs, part=part)
+        assert_close_to_fp64(result, getattr(references, f"{name}_reference"), *inputs, part=part)
     inputs = (x, weight, 1e-6, scale)
-    assert_close_to_fp64(ops.rms_norm_modulate(*inputs), modulate.rms_norm_modulate_reference, *inputs)
+    assert_close_to_fp64(ops.rms_norm_modulate(*inputs), references.rms_norm_modulate_reference, *inputs)
     for size in (1e-4, 0.1, 1, 30):
         inputs = (torch.zeros_like(x), y, weight_y, 1e-2, (size * gate.sign() * (1 + gate.abs())).to(dtype))
         result = ops.tanh_gate_rms_norm_add(*inputs)
         assert_close_to_fp64(
-            result, modulate.tanh_gate_rms_norm_add_reference, *inputs, floor=4e-6 if dtype == torch.float32 else None
+            result, references.tanh_gate_rms_norm_add_reference, *inputs, floor=4e-6 if dtype == torch.float32 else None
         )
 
 
@@ -89,7 +95,7 @@ def test_modulation_in_fp32(kind, dtype, device, runs_kernel) -> None:
         *(("gate_add_layer_norm_modulate_wide", part, (x, y, gate, *norm, scale, shift)) for part in (0, 1)),
     ]:
         result = getattr(ops, name)(*inputs)
-        reference = getattr(modulate, f"{name}_reference")
+        reference = getattr(references, f"{name}_reference")
         assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
 
 
@@ -112,12 +118,12 @@ def test_a_table_and_something_for_every_token(dtype, device, runs_kernel) -> No
         ),
     ]:
         result = getattr(ops, name)(*inputs)
-        reference = getattr(modulate, f"{name}_reference")
+        reference = getattr(references, f"{name}_reference")
         assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
     mixed = (x, *norm, tables[1], tokens[1], tables[0], tokens[0].float())
     assert not modulate.takes(modulate.JOBS["layer_norm_modulate_sums"](*mixed))  # of two precisions
     torch.testing.assert_close(
-        ops.layer_norm_modulate_sums(*mixed), modulate.layer_norm_modulate_sums_reference(*mixed)
+        ops.layer_norm_modulate_sums(*mixed), references.layer_norm_modulate_sums_reference(*mixed)
     )
 
 
@@ -125,7 +131,7 @@ def test_several_rows_to_a_program(device, monkeypatch) -> None:
     x, (gate, scale, shift) = torch.randn(3, 7, 40, device=device), rows("samples", (3, 7, 40), device, torch.float32)
     inputs = (x, x.flip(0), gate, [40], None, None, 1e-6, scale, shift)
     for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
-        assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+        assert_close_to_fp64(result, references.gate_add_layer_norm_modulate_reference, *inputs, part=part)
 
 
 def test_rows_are_read_where_a_merged_product_left_them(device) -> None:
@@ -135,7 +141,7 @@ def test_rows_are_read_where_a_merged_product_left_them(device) -> None:
     inputs = (x, y, gate, [40], None, None, 1e-6, scale, shift)
     for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
         assert result.is_contiguous()
-        assert_close_to_fp64(result, modulate.gate_add_layer_norm_modulate_reference, *inputs, part=part)
+        assert_close_to_fp64(result, references.gate_add_layer_norm_modulate_reference, *inputs, part=part)
     weight = torch.randn(40, device=device)
     for each in (x, x[0], x[..., ::2].repeat(1, 1, 2), x.view(2, 5, 1, 40).expand(2, 5, 3, 40)):
         result = ops.rms_norm(each, weight, 1e-6)
@@ -169,8 +175,8 @@ def test_what_is_left_to_the_reference(device) -> None:
     ):
         assert not modulate.takes(job)
     narrow = (x, *norm, row[..., :1], row)
-    assert torch.equal(ops.layer_norm_modulate(*narrow), modulate.layer_norm_modulate_reference(*narrow))
-    assert torch.equal(ops.gate_add(x[0], x[0], row), modulate.gate_add_reference(x[0], x[0], row))
+    assert torch.equal(ops.layer_norm_modulate(*narrow), references.layer_norm_modulate_reference(*narrow))
+    assert torch.equal(ops.gate_add(x[0], x[0], row), references.gate_add_reference(x[0], x[0], row))
 
 
 def test_fake_tensors(device) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfast.kernels import linear_runs, modulate, runs
+from sfast.kernels import modulate_references as references
 from sfast.kernels.triton_or_none import INTERPRETED
 from tests.kernels.fp64 import assert_close_to_fp64, error
 from tests.kernels.interpreter import multiply_bfloat16
@@ -120,7 +121,7 @@ def test_a_modulation_that_stands_once_for_each_run(lengths, dtype, device, runs
         if runs_kernel:
             assert modulate.takes(modulate.JOBS[name](*inputs))
         result = getattr(ops, name)(*inputs)
-        reference = modulate.of_runs(getattr(modulate, f"{name.removesuffix('_runs')}_sums_reference"))
+        reference = references.of_runs(getattr(references, f"{name.removesuffix('_runs')}_sums_reference"))
         for part in parts:
             assert_close_to_fp64(result if part is None else result[part], reference, *inputs, part=part)
 
@@ -136,7 +137,7 @@ def test_runs_that_do_not_fit_are_left_to_the_reference(device) -> None:
         assert not modulate.takes(modulate.JOBS[name](*inputs))
         torch.testing.assert_close(
             ops.layer_norm_modulate_runs(*inputs),
-            modulate.of_runs(modulate.layer_norm_modulate_sums_reference)(*inputs),
+            references.of_runs(references.layer_norm_modulate_sums_reference)(*inputs),
         )
 
 
