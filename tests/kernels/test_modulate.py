@@ -42,11 +42,11 @@ def test_layer_norm(kind, shape, dtype, device, runs_kernel) -> None:
             inputs = (x, *pair, *norm)
             for part, result in enumerate(ops.gate_add_layer_norm_modulate(*inputs)):
                 assert_close_to_fp64(result, references.gate_add_layer_norm_modulate_reference, *inputs, part=part)
-        inputs = (x, y, gate, x.flip(1), scale, *norm)
-        if runs_kernel:
-            assert modulate.takes(modulate.JOBS["gate_add_twice_layer_norm_modulate"](*inputs))
-        for part, result in enumerate(ops.gate_add_twice_layer_norm_modulate(*inputs)):
-            assert_close_to_fp64(result, references.gate_add_twice_layer_norm_modulate_reference, *inputs, part=part)
+    inputs = (x, y, gate, x.flip(1), scale, *norm)
+    if runs_kernel:
+        assert modulate.takes(modulate.JOBS["gate_add_twice_layer_norm_modulate"](*inputs))
+    for part, result in enumerate(ops.gate_add_twice_layer_norm_modulate(*inputs)):
+        assert_close_to_fp64(result, references.gate_add_twice_layer_norm_modulate_reference, *inputs, part=part)
     assert_close_to_fp64(ops.gate_add(x, y, gate), references.gate_add_reference, x, y, gate)
 
 
