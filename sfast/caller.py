@@ -27,17 +27,18 @@ class Caller:
 
     def __init__(self) -> None:
         self._bar: Any = _nothing
+        self._others = False
         self.loops = 0  # how many there have been; each call that comes from nowhere known counts as one
 
     def again(self) -> bool:
-        """Whether it is the same one."""
+        """Whether it is the same one, and nobody else's code is in it."""
         names = _names(sys._getframe(1))
         bar = names.get(BAR)
         same = bar is not None and self._bar() is bar
         if not same:
             self.loops += 1
-            self._bar = _nothing if bar is None or _has_others(names) else weakref.ref(bar)
-        return same
+            self._bar, self._others = _nothing if bar is None else weakref.ref(bar), _has_others(names)
+        return same and not self._others
 
 
 def _names(frame: FrameType | None) -> Mapping[str, Any]:

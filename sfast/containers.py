@@ -40,7 +40,8 @@ class Contents:
     """What is in all containers of nested arguments, to find out later what has changed."""
 
     def __init__(self, value: Any) -> None:
-        self._before = [(path, container, _items(container)) for path, container in _containers(value)]
+        once = {id(container): (path, container) for path, container in reversed([*_containers(value)])}
+        self._before = [(path, container, _items(container)) for path, container in reversed(once.values())]
 
     def changes(self, new: list[torch.Tensor] | None = None) -> Changes:
         """What has been taken out, put in or put into another order since; appends the tensors put in to `new`.

@@ -76,8 +76,8 @@ class Guard:
 class _Seen:
     """A tensor and what was in it.
 
-    What is written through `tensor.data` or NumPy has no version. So in another loop (or outside of any, where each call is
-    one) a small tensor on the host is compared, and of all others nothing is known: the guard waits for them as eager does.
+    What is written through `tensor.data` or NumPy has no version. So a small tensor on the host is compared, and of all
+    others nothing is known in another loop, or outside of any, where each call is one: the guard waits for them as eager does.
     """
 
     def __init__(self, tensor: torch.Tensor, loop: int) -> None:
@@ -92,9 +92,10 @@ class _Seen:
         known = self._ref()
         if known is None or known is not tensor or known.is_inference() or known._version != self._version:
             return False
-        if self._loop != loop and self._copy is not None and torch.equal(self._copy, tensor):
-            self._loop = loop
-        return self._loop == loop
+        if self._copy is None:
+            return self._loop == loop
+        with torch._C.DisableTorchFunction():
+            return torch.equal(self._copy, tensor)
 
 
 def _on_the_host(tensors: list[torch.Tensor], places: list[int]) -> list[torch.Tensor]:

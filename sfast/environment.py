@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+HARMLESS: frozenset[type] = frozenset([DeviceContext])  # modes that may be active
+
 
 def environment(device_type: str) -> Hashable:
     """What a call must have in common with the one that was traced."""
@@ -28,7 +30,7 @@ def environment(device_type: str) -> Hashable:
 def why_eager() -> str | None:
     """Why nothing compiled can stand for a call made here and now, or None."""
     if torch._C._len_torch_dispatch_stack() or (
-        torch._C._len_torch_function_stack() and not all(map(_is_default_device, _get_current_function_mode_stack()))
+        torch._C._len_torch_function_stack() and not all(map(_is_harmless, _get_current_function_mode_stack()))
     ):
         return "a mode that looks at every operator is active (`TorchDispatchMode`, `TorchFunctionMode`)"
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
@@ -36,8 +38,8 @@ def why_eager() -> str | None:
     return None
 
 
-def _is_default_device(mode: object) -> bool:
-    return type(mode) is DeviceContext
+def _is_harmless(mode: object) -> bool:
+    return type(mode) in HARMLESS
 
 
 def _default_devices() -> tuple[torch.device, ...]:

@@ -52,8 +52,10 @@ CONSTRUCTORS = frozenset((torch.tensor, torch.as_tensor))
 class Sizes:
     """What Python's functions of numbers do for sizes, between `start` and `stop`, in one thread."""
 
-    def __init__(self, reads: Reads, keep: bool = True) -> None:
+    def __init__(self, reads: Reads, keep: bool = True, checked: bool = False) -> None:
         self._reads = reads
+        # `len({h, w})` asks for more than it needs. Where each shape is compared with eager, the comparison tells instead.
+        self._shown = {name: shown for name, shown in _SHOWN.items() if name != "__hash__" or not (checked and keep)}
         self._keeps = keep  # or else all that Python makes of sizes are numbers
         self.fractions: dict[int, Tensor] = {}  # of sizes, by their ids
         self._thread = 0
@@ -64,7 +66,7 @@ class Sizes:
         self._thread = threading.get_ident()
         for name, rounded in _ROUNDING.items():
             setattr(Tensor, name, self._rounding(*rounded))
-        for name, shown in _SHOWN.items():
+        for name, shown in self._shown.items():
             setattr(Tensor, name, self._showing(shown, getattr(getattr(Tensor, name), "own", getattr(Tensor, name))))
         self._files: list[dict[str, Any]] = []
         if self._keeps:

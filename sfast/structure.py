@@ -37,16 +37,18 @@ _EXACT = frozenset((type(None), bool, str, bytes, torch.dtype, torch.device, tor
 _TENSORS = (torch.Tensor, torch.nn.Parameter, Mirrored)  # whoever has made another one may do anything in its operators
 
 TENSOR = ("tensor",)  # the place of one tensor in a description
+PARAMETER = ("tensor", "parameter")
 SIZE = ("size",)  # and of an integer that may be a size: that of a tensor with nothing in it, which stands for it
 LARGEST_SIZE = 2**31 - 1
 
 
 def flatten_call(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None = None) -> Hashable:
-    """`flatten`, for the arguments of a call: Python may ask whether two of them are the same tensor (`a is b`).
+    """`flatten`, for the arguments of a call: Python may ask whether two of them are the same object (`a is b`).
 
-    Such a tensor has one place in `tensors`, to which the later ones refer.
+    A tensor that is given twice has one place in `tensors`, to which the later ones refer; so it is with lists and
+    dictionaries, among which some are shared on purpose (`[shapes] * batch`).
     """
-    description = flatten(value, tensors, sizes_on)
+    description = flatten(value, tensors, sizes_on, {})
     if len({*map(id, tensors)}) == len(tensors):
         return description
     given, kept = iter(list(tensors)), tensors
@@ -64,7 +66,7 @@ def _sharing(description: Any, given: Iterator[torch.Tensor], kept: list[torch.T
             places[id(tensor)] = len(kept)
         kept.append(tensor)
         return description
-    if tag == "plain":
+    if tag in ("plain", "shared"):
         return description
     tag, kind, content = description
     if tag == "sequence":
@@ -72,11 +74,17 @@ def _sharing(description: Any, given: Iterator[torch.Tensor], kept: list[torch.T
     return (tag, kind, tuple([(key, _sharing(item, given, kept, places)) for key, item in content]))
 
 
-def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None = None) -> Hashable:
+def flatten(
+    value: Any,
+    tensors: list[torch.Tensor],
+    sizes_on: torch.device | None = None,
+    containers: dict[int, int] | None = None,
+) -> Hashable:
     """Append the tensors of `value` to `tensors`, depth first, and return a hashable description of the rest.
 
     With `sizes_on`, a device, an integer of the caller's (`height`, `num_frames`) is a size like those of tensors, which
     may differ between two calls of one trace: it is described by a tensor [n, 0] on that device.
+    `containers`: numbers of the lists, dictionaries and dataclasses found so far, by their ids; None where nobody asks.
 
     Raises:
         UnsupportedStructure: `value` holds something other than tensors, plain values, tuples, lists, mappings,
@@ -88,8 +96,11 @@ def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | No
     if kind in _TENSORS or isinstance(value, torch.Tensor):
         if kind not in _TENSORS or value.layout is not torch.strided:
             raise UnsupportedStructure(f"a tensor of type {_name(kind)} and layout {value.layout} cannot be traced")
-        tensors.append(plain(value))
-        return TENSOR
+        tensor = plain(value)
+        if tensor.__dict__:
+            raise UnsupportedStructure("a tensor with attributes of somebody's own cannot be traced")
+        tensors.append(tensor)
+        return PARAMETER if kind is torch.nn.Parameter else TENSOR
     if kind is int:
         if sizes_on is not None and 0 <= value <= LARGEST_SIZE:
             tensors.append(_of_size(value, sizes_on))
@@ -99,42 +110,54 @@ def flatten(value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | No
         return ("plain", kind, value) if value and value == value else _zero_or_nan(kind, value)
     if isinstance(value, (*_VALUES, *_CODE)):
         return _of_plain(kind, value)
+    if containers is not None and not isinstance(value, tuple):
+        if (number := containers.setdefault(id(value), -1)) >= 0:
+            return ("shared", number)
+        containers[id(value)] = len(containers) - 1
     if dataclasses.is_dataclass(kind):
-        return _of_dataclass(kind, value, tensors, sizes_on)
+        return _of_dataclass(kind, value, tensors, sizes_on, containers)
     if isinstance(value, (tuple, list)):
         _refuse_attributes(kind, value)
         # An integer in a list may be there to be counted up (the place in a cache), which no size can be.
         on = [None if kind is list and type(item) is int else sizes_on for item in value]
-        return ("sequence", kind, tuple([flatten(item, tensors, where) for item, where in zip(value, on, strict=True)]))
+        items = [flatten(item, tensors, where, containers) for item, where in zip(value, on, strict=True)]
+        return ("sequence", kind, tuple(items))
     if isinstance(value, Mapping) and (kind is dict or _takes_pairs(kind)):
         _refuse_attributes(kind, value)
-        return ("mapping", kind, _of_items(value, tensors, sizes_on))
+        return ("mapping", kind, _of_items(value, tensors, sizes_on, containers))
     if isinstance(value, torch.Generator):
         raise UnsupportedStructure("it draws from a random generator of the caller's, and a trace from PyTorch's own")
     raise UnsupportedStructure(f"a value of type {_name(kind)} cannot be traced")
 
 
 def _of_items(
-    items: Mapping[Any, Any], tensors: list[torch.Tensor], sizes_on: torch.device | None
+    items: Mapping[Any, Any],
+    tensors: list[torch.Tensor],
+    sizes_on: torch.device | None,
+    containers: dict[int, int] | None,
 ) -> tuple[tuple[Hashable, Hashable], ...]:
     if any([type(key) is not str for key in items]):
         kinds = {type(key) for key in items} - {str, int, type(None)}
         if any([not issubclass(kind, enum.Enum) for kind in kinds]):  # 1.0 and True are 1 as a key
             raise UnsupportedStructure("a dictionary with keys other than strings and integers cannot be traced")
-    return tuple([(key, flatten(item, tensors, sizes_on)) for key, item in items.items()])
+    return tuple([(key, flatten(item, tensors, sizes_on, containers)) for key, item in items.items()])
 
 
 def _of_dataclass(
-    kind: type, value: Any, tensors: list[torch.Tensor], sizes_on: torch.device | None
+    kind: type,
+    value: Any,
+    tensors: list[torch.Tensor],
+    sizes_on: torch.device | None,
+    containers: dict[int, int] | None,
 ) -> tuple[Hashable, ...]:
     fields = dataclasses.fields(kind)
     names = {field.name for field in fields}
     if not all(field.init for field in fields) or not names.issuperset(getattr(value, "__dict__", ())):
         raise UnsupportedStructure(f"a value of type {_name(kind)} with more in it than its fields cannot be traced")
     if isinstance(value, Mapping):  # diffusers' and transformers' ModelOutput
-        return ("mapping", kind, _of_items(value, tensors, sizes_on))
+        return ("mapping", kind, _of_items(value, tensors, sizes_on, containers))
     items = {field.name: getattr(value, field.name) for field in fields}
-    return ("dataclass", kind, _of_items(items, tensors, sizes_on))
+    return ("dataclass", kind, _of_items(items, tensors, sizes_on, containers))
 
 
 def _of_plain(kind: type, value: Any) -> Hashable:
@@ -182,30 +205,43 @@ def _name(kind: type) -> str:
 
 def unflatten(description: Any, tensors: list[torch.Tensor], of_size: Callable[[Any], Any] | None = None) -> Any:
     """Put together what `flatten` took apart; takes tensors from the front of `tensors`, and `of_size` of each size."""
-    return _build(description, iter(tensors), tensors, of_size)
+    return _build(description, iter(tensors), tensors, of_size, [])
 
 
 def _build(
-    description: Any, rest: Iterator[torch.Tensor], tensors: list[torch.Tensor], of_size: Callable[[Any], Any] | None
+    description: Any,
+    rest: Iterator[torch.Tensor],
+    tensors: list[torch.Tensor],
+    of_size: Callable[[Any], Any] | None,
+    containers: list[Any],
 ) -> Any:
     tag = description[0]
     if tag == "tensor":
         return next(rest)
     if tag == "same":
         return tensors[description[1]]
+    if tag == "shared":
+        if containers[description[1]] is None:
+            raise UnsupportedStructure("a list or dictionary that contains itself cannot be traced")
+        return containers[description[1]]
     if tag == "size":
         size = next(rest).shape[0]
         return size if of_size is None else of_size(size)
     _, kind, content, *_ = description
     if tag == "plain":
         return content
+    number = None if issubclass(kind, tuple) else len(containers)
+    if number is not None:
+        containers.append(None)
     if tag == "sequence":
-        items = [_build(item, rest, tensors, of_size) for item in content]
-        return kind(*items) if hasattr(kind, "_fields") else kind(items)
-    fields = {key: _build(item, rest, tensors, of_size) for key, item in content}
-    if tag == "mapping" and not dataclasses.is_dataclass(kind):
-        return kind(fields)
-    return kind(**fields)
+        items = [_build(item, rest, tensors, of_size, containers) for item in content]
+        built = kind(*items) if hasattr(kind, "_fields") else kind(items)
+    else:
+        fields = {key: _build(item, rest, tensors, of_size, containers) for key, item in content}
+        built = kind(fields) if tag == "mapping" and not dataclasses.is_dataclass(kind) else kind(**fields)
+    if number is not None:
+        containers[number] = built
+    return built
 
 
 def _takes_pairs(kind: type) -> bool:

@@ -146,12 +146,12 @@ def trace(
     grad = torch.is_grad_enabled() and not any([tensor.requires_grad for tensor in (*weights, *tensors)])
     with tracing_lock, torch.set_grad_enabled(grad), quiet(), _no_autocast_cache(), gc_paused():
         try:
-            record = _record(forward, weights, call, tensors, recording, keep_sizes)
+            record = _record(forward, weights, call, tensors, recording, keep_sizes, checked)
         except Exception as error:
             let_through(error)
             if not keep_sizes or isinstance(error, _FINAL) or is_out_of_memory(error):
                 raise
-            record = _record(forward, weights, call, tensors, recording, keep_sizes=False)
+            record = _record(forward, weights, call, tensors, recording, False, checked)
         graph, reads, own = record.graph, record.reads, len(record.contiguous)
         torch._C._jit_pass_inline(graph)
         torch._C._jit_pass_lower_all_tuples(graph)
@@ -195,6 +195,7 @@ def _record(
     tensors: list[torch.Tensor],
     recording: Recording | None,
     keep_sizes: bool,
+    checked: bool,
 ) -> _Record:
     """With `keep_sizes`, what Python makes of sizes are sizes; a forward that insists on numbers may raise then."""
     seen: list[tuple[Hashable, list[bool], Changes]] = []
@@ -208,13 +209,15 @@ def _record(
         output = flatten(forward(*args, **kwargs), results)
         if not results:
             raise ValueError("the module returns no tensor")
+        if not checked and any(map(mode.is_number, results)):
+            raise Untraceable("it returns numbers that are made of sizes")
         changes = before.changes(results)
         seen.append((output, [result.is_contiguous() for result in results], changes))
         results += [*reads.values, *reads.sizes]
         # A result that is an input or a weight itself gets a value of its own in the graph.
         return tuple([result.view_as(result) for result in results])
 
-    mode = TracingMode(keep_sizes)
+    mode = TracingMode(keep_sizes, checked)
     reads = mode.reads
     with mode, recording or contextlib.nullcontext():
         graph, _ = torch._C._create_graph_by_tracing(flat, (*weights, *tensors), lambda _: "", True, False)

@@ -31,12 +31,12 @@ class TracingMode(TorchFunctionMode):
       repeat (`timesteps[i]` lies elsewhere at each step), nor whether inference mode is on.
     """
 
-    def __init__(self, keep_sizes: bool = True) -> None:
+    def __init__(self, keep_sizes: bool = True, checked: bool = False) -> None:
         super().__init__()
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
         self.reads = Reads()
-        self._sizes = Sizes(self.reads, keep_sizes)
+        self._sizes = Sizes(self.reads, keep_sizes, checked)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = not hasattr(func, "__code__") and _is_plain(func) and not self._sizes.fractions
@@ -80,6 +80,10 @@ class TracingMode(TorchFunctionMode):
             value = value[0]
         part.copy_(value)
 
+    def is_number(self, x: torch.Tensor) -> bool:
+        """Whether a tensor stands, or may stand, for a number that Python has made of sizes."""
+        return x.dim() == 0 and x.is_cpu and self.reads.of_sizes(x)
+
     def _is_inference_mode_enabled(self) -> bool:
         if is_traced_by(self._thread) and _is_models(sys._getframe(1)):
             raise Untraceable(f"it asks whether inference mode is on: {where()}")
@@ -115,6 +119,7 @@ _T = torch.Tensor
 _ABOUT_MEMORY = frozenset(
     [
         *(_T.storage_offset, _T.data_ptr, _T.untyped_storage, _T.storage, _T._is_view, _T.is_inference, _T.is_pinned),
+        *(_T.is_conj, _T.is_neg, torch.is_conj, torch.is_neg, torch.is_inference),
         *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn")],
     ]
 )

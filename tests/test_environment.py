@@ -185,6 +185,7 @@ def _changing() -> dict[str, tuple[Any, Callable[[Any, float], None], Callable[[
         "class": (Gain, lambda kind, value: setattr(kind, "value", value), lambda kind: kind.value),
         "attribute of a list": (Labelled(), lambda a, value: setattr(a, "scale", value), lambda a: a.scale),
         "dictionary": ({"f": closure}, set_in_box, lambda d: d["f"]()),
+        "attribute of a tensor": (torch.ones(1), lambda x, value: setattr(x, "scale", value), lambda x: x.scale),
         "subclass": (torch.ones(1).as_subclass(Named), lambda x, value: setattr(x, "scale", value), lambda x: x.scale),
     }
 
@@ -197,6 +198,32 @@ def test_what_carries_more_than_is_to_be_seen_runs_eager(name: str) -> None:
         change(argument, value)
         torch.testing.assert_close(compiled(X, argument), eager(X, argument))
     assert len(says(compiled)) == 1 and says(compiled)[0].startswith("runs eager: ")
+
+
+@both
+def test_the_same_list_given_twice_is_not_two_lists(verify: bool) -> None:
+    def use(h: Tensor, x: Tensor, a: list[Any], b: dict[str, Any]) -> Tensor:
+        a.pop()
+        return h * len(b["list"]) + b["list"][0] * (1 if a is b["list"] else 2)
+
+    eager, compiled = pair(use, verify)
+    for same in (False, True, False, True):
+        lists: list[Any] = []
+        results: list[Tensor] = []
+        for net in (eager, compiled):
+            one: list[Any] = [Y, X, 1.5]
+            lists.append((one, {"list": one if same else [*one]}))
+            results.append(net(X, *lists[-1]))
+        torch.testing.assert_close(*results)
+        assert [len(a) for a, _ in lists] == [2, 2] and [len(b["list"]) for _, b in lists] == [2 if same else 3] * 2
+    assert sfast.report(compiled).traces == 2 and says(compiled) == []
+
+
+def test_numbers_made_of_sizes_are_no_tensors() -> None:
+    _, compiled = pair(lambda h, x: (h, len(x), x.shape[0] / 2, x.shape[0] > 2), verify=False)
+    for rows in (1, 3, 5):
+        assert compiled(torch.ones(rows, 6))[1:] == (rows, rows / 2, rows > 2)
+    assert says(compiled) == ["runs eager: it returns numbers that are made of sizes"]
 
 
 def test_functions_of_libraries_are_arguments() -> None:

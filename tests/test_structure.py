@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sfast.structure import UnsupportedStructure, describe_shapes, flatten, unflatten
+from sfast.structure import UnsupportedStructure, describe_shapes, flatten, flatten_call, unflatten
 
 Pair = collections.namedtuple("Pair", "a b")
 
@@ -78,6 +78,15 @@ def test_integers_of_a_call_are_sizes() -> None:
     assert describe_shapes(tensors) == "8, 0, 3, 2"
     plain: list[torch.Tensor] = []
     assert flatten(call, plain) != description and len(plain) == 1
+
+
+def test_what_is_shared_is_shared_again() -> None:
+    x, inner = torch.ones(2), [1.5]
+    value = {"a": [inner] * 2, "b": (x, Box(x)), "c": inner, "d": (1.5,)}
+    tensors: list[torch.Tensor] = []
+    back = unflatten(flatten_call(value, tensors), tensors)
+    assert tensors == [x] and back["a"][0] is back["a"][1] is back["c"] and back["b"][1].value is back["b"][0] is x
+    assert back == value and flatten_call(value, []) != flatten_call({**value, "c": [1.5]}, [])
 
 
 def test_shapes_for_a_log_line() -> None:
