@@ -247,7 +247,12 @@ class Recording(TorchFunctionMode):
             result = self._with_tensor(_WITH_TENSORS[name], *args)
             if result is not None:
                 return args[0].copy_(result) if name.endswith("_") and not name.endswith("__") else result
-        elif name == "__setitem__" and isinstance(args[2], Number) and self._suits(args[0]):
+        elif (
+            name == "__setitem__"
+            and isinstance(args[2], Number)
+            and self._suits(args[0])
+            and self._fits(args[2], args[0])
+        ):
             return func(args[0], args[1], args[2].tensor(args[0].dtype))
         elif func is torch.tensor and (made := self._made_of(*args, **kwargs)) is not None:
             return made
@@ -274,6 +279,11 @@ class Recording(TorchFunctionMode):
             return None
         tensors = [number.tensor(dtype) for number in numbers]
         return torch.stack(tensors) if isinstance(data, list) else tensors[0].clone()
+
+    def _fits(self, number: Number, tensor: torch.Tensor) -> bool:
+        """Whether PyTorch would take it for an element, and not raise an error."""
+        largest = torch.finfo(tensor.dtype).max
+        return self.ask(number, "le", largest) and self.ask(number, "ge", -largest)
 
     def _suits(self, tensor: Any) -> bool:
         assert self.vector is not None

@@ -168,7 +168,7 @@ def test_code_that_reads_a_number_without_asking_it_has_a_trace_for_each_value(u
     assert traces(use, 0.7, 0.2, 1.0, 0.5, verify=verify) == 4
 
 
-def test_zero_has_a_sign_and_nothing_is_divided_by_it() -> None:
+def test_zero_has_a_sign_and_what_eager_raises_is_raised() -> None:
     assert traces(lambda x, scale: x / scale, 0.0, -0.0, 2.0, -0.0, 0.0) == 3
     assert traces(lambda x, scale: x * math.copysign(1.0, scale[0]), (0.0,), (-0.0,)) == 2
     eager, compiled = pair(lambda x, scale: x * (1 / scale))
@@ -177,6 +177,11 @@ def test_zero_has_a_sign_and_nothing_is_divided_by_it() -> None:
         torch.testing.assert_close(compiled(x, scale), eager(x, scale))
     with pytest.raises(ZeroDivisionError):
         compiled(x, 0.0)
+    eager, compiled = pair(in_place)
+    for scale in (0.5, 0.2, 0.1, 0.4, 0.3):
+        torch.testing.assert_close(compiled(x, scale), eager(x, scale))
+    with pytest.raises(RuntimeError, match="overflow"):
+        compiled(x, 1e300)
     for net in (eager, compiled):
         net.use, net.gain = lambda x, scale: torch.ones_like(x), 0.0
     assert torch.equal(torch.signbit(compiled(x)), torch.signbit(eager(x)))
