@@ -143,11 +143,8 @@ def row_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case("gate_add", shape, ops.gate_add, references.gate_add_reference, sum_, 3 * elements, 0)
         name, both = "gate_rms_norm_add_rms_norm_scale", references.gate_rms_norm_add_rms_norm_scale_reference
         yield Case(name, shape, ops.gate_rms_norm_add_rms_norm_scale, both, scaled, 4 * elements, 0)
-        name, both = (
-            "tanh_" + name.replace("scale", "modulate"),
-            references.tanh_gate_rms_norm_add_rms_norm_modulate_reference,
-        )
-        yield Case(name, shape, getattr(ops, name), both, scaled, 4 * elements, 0)
+        name, both = "gate_rms_norm_add_rms_norm_modulate", references.gate_rms_norm_add_rms_norm_modulate_reference
+        yield Case(name, shape, ops.gate_rms_norm_add_rms_norm_modulate, both, scaled, 4 * elements, 0)
 
 
 def wide_cases(randn: Callable[..., Tensor]) -> Iterator[Case]:

@@ -233,13 +233,6 @@ TRANSFORMER_CASES = [
         (V, V + 1, ROW),
     ),
     Case(
-        "tanh_gate_rms_norm_add",
-        lambda x, y, r: x + r.tanh() * _normed(y),
-        twice(lambda x, y, r: _normed(y), lambda m: V + ROW.tanh() * m),
-        lambda x, y, r: torch.add(x, r.tanh() * _normed(y), alpha=2),
-        (V, V + 1, ROW),
-    ),
-    Case(
         "gate_rms_norm_add_rms_norm_scale",
         lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), r.cos()),
         twice(lambda x, y, r: r * _normed(y), lambda m: _with_rms_sum(V + m, ROW)),
@@ -247,7 +240,7 @@ TRANSFORMER_CASES = [
         (V, V + 1, ROW),
     ),
     Case(
-        "tanh_gate_rms_norm_add_rms_norm_modulate",
+        "gate_rms_norm_add_rms_norm_modulate",
         lambda x, y, r: _with_rms_sum(x + _normed(y) * r.tanh(), 1 + r),
         twice(lambda x, y, r: r.tanh() * _normed(y), lambda m: _with_rms_sum(V + m, 1 + ROW)),
         lambda x, y, r: _with_rms_sum(x + r.tanh() * _normed(y), 2 + r),

@@ -68,10 +68,6 @@ def _rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> 
     return torch.ops.sfast.rms_norm(x, weight, eps) * (1 + scale)
 
 
-def _tanh_gate_rms_norm_add(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Any:
-    return x + gate.tanh() * torch.ops.sfast.rms_norm(y, weight_y, eps_y)
-
-
 _RMS_Y = (_X, _X + 1, _WEIGHT, _EPS_Y, _ROW)
 
 RMS_NORM_SCALE = Fusion("rms_norm_scale", _rms_norm_scale, (_X, _WEIGHT, _EPS, _ROW), needs=_NEEDS)
@@ -83,10 +79,9 @@ GATE_RMS_NORM_ADD_RMS_NORM_SCALE = Fusion(
     needs=_NEEDS,
 )
 RMS_NORM_MODULATE = Fusion("rms_norm_modulate", _rms_norm_modulate, (_X, _WEIGHT, _EPS, _ROW), needs=_NEEDS)
-TANH_GATE_RMS_NORM_ADD = Fusion("tanh_gate_rms_norm_add", _tanh_gate_rms_norm_add, _RMS_Y, needs=_NEEDS)
-TANH_GATE_RMS_NORM_ADD_RMS_NORM_MODULATE = Fusion(
-    "tanh_gate_rms_norm_add_rms_norm_modulate",
-    references.then(_tanh_gate_rms_norm_add, _rms_norm_modulate),
+GATE_RMS_NORM_ADD_RMS_NORM_MODULATE = Fusion(
+    "gate_rms_norm_add_rms_norm_modulate",
+    references.then(_gate_rms_norm_add, _rms_norm_modulate),
     (*_RMS_Y, _WEIGHT + 1, _EPS, _ROW + 1),
     needs=_NEEDS,
 )

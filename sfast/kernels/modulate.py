@@ -57,7 +57,6 @@ class Job(NamedTuple):
     shift_more: Tensor | None = None
     run: Tensor | None = None  # of each token: the row, of those that are to be added, that is its
     one: bool = False  # scale by 1 + scale
-    tanh: bool = False  # gate by tanh(gate)
     rms: bool = False  # an RMSNorm instead of a LayerNorm
     wide: bool = False  # parameters, gate, scale and shift may be fp32
 
@@ -90,7 +89,6 @@ def process(job: Job) -> tuple[Tensor, Tensor]:
         bits.SHIFT: job.shift is not None,
         bits.MORE: any(part is not None for part in job.more),
         bits.RUNS: job.run is not None,
-        bits.TANH: job.tanh,
         bits.TWICE: z is not None,
     }
     block, pieces = tile(width)
@@ -256,6 +254,5 @@ for _name, _arguments in (
 _define(f"rms_norm_scale({_X}, {_RMS})", rms=True)
 _define(f"rms_norm_modulate({_X}, {_RMS})", rms=True, one=True)
 _define(f"gate_rms_norm_add({_RMS_Y})")
-_define(f"tanh_gate_rms_norm_add({_RMS_Y})", tanh=True)
 _define(f"gate_rms_norm_add_rms_norm_scale({_RMS_Y}, {_RMS})", rms=True)
-_define(f"tanh_gate_rms_norm_add_rms_norm_modulate({_RMS_Y}, {_RMS})", rms=True, one=True, tanh=True)
+_define(f"gate_rms_norm_add_rms_norm_modulate({_RMS_Y}, {_RMS})", rms=True, one=True)

@@ -11,8 +11,8 @@ from sfast.kernels.overlap import wait_for_previous_kernel
 from sfast.kernels.triton_or_none import tl, triton
 
 # Bits of FLAGS: what there is.
-ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS, TANH, TWICE = (
-    1 << bit for bit in range(15)
+ADD, GATE, NORM_Y, TOTAL, NORM, RMS, WEIGHT, BIAS, SCALE, ONE, SHIFT, MORE, RUNS, TWICE = (
+    1 << bit for bit in range(14)
 )
 
 
@@ -26,13 +26,6 @@ def _load(
         at = (piece * BLOCK + lane)[None, :]
         pieces += (tl.load(rows + at, mask=live & (at < width), other=0),)  # type: ignore[assignment]
     return pieces
-
-
-@triton.jit
-def _tanh(x: tl.tensor) -> tl.tensor:
-    """Near 0 the first terms of its series: there the difference of two numbers would lose what it is to tell."""
-    square = x * x
-    return tl.where(square < 0.01, x * (1 - square * (1 / 3 - square * (2 / 15))), 2 * tl.sigmoid(2 * x) - 1)
 
 
 @triton.jit(do_not_specialize=["T", "blocks", "eps", "eps_y"])
@@ -97,7 +90,7 @@ def modulate_rows(
     v = _load(x + sample * x_batch + token * x_token, live, width, lane, PIECES, BLOCK)
     if FLAGS & 1 != 0:  # ADD
         w = _load(y + sample * y_batch + token * y_token, live, width, lane, PIECES, BLOCK)
-    if FLAGS & 16384 != 0:  # TWICE
+    if FLAGS & 8192 != 0:  # TWICE
         u = _load(z + sample * z_batch + token * z_token, live, width, lane, PIECES, BLOCK)
         g_z = _load(gate_z + sample * gate_z_batch + token * gate_z_token, live, width, lane, PIECES, BLOCK)
     if FLAGS & 2 != 0:  # GATE
@@ -141,11 +134,9 @@ def modulate_rows(
                 gates = g[piece].to(tl.float32)
                 if FLAGS & 2048 != 0:
                     gates += g_more[piece].to(tl.float32)
-                if FLAGS & 8192 != 0:  # TANH
-                    gates = _tanh(gates)
                 other = other * gates
             one += other
-        if FLAGS & 16384 != 0:
+        if FLAGS & 8192 != 0:
             one += u[piece].to(tl.float32) * g_z[piece].to(tl.float32)
         if FLAGS & 8 != 0:  # TOTAL
             tl.store(total + to + at, one.to(total.dtype.element_ty), mask=live & (at < width))

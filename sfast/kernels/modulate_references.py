@@ -51,11 +51,6 @@ def rms_norm_scale_reference(x: Tensor, weight: Tensor, eps: float, scale: Tenso
     return F.rms_norm(x, weight.shape, weight, eps) * scale
 
 
-def tanh_gate_rms_norm_add_reference(x: Tensor, y: Tensor, weight_y: Tensor, eps_y: float, gate: Tensor) -> Tensor:
-    """x + tanh(gate) * rms_norm(y)."""
-    return gate_rms_norm_add_reference(x, y, weight_y, eps_y, gate.tanh())
-
-
 def rms_norm_modulate_reference(x: Tensor, weight: Tensor, eps: float, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale)."""
     return rms_norm_scale_reference(x, weight, eps, 1 + scale)
@@ -154,4 +149,4 @@ gate_add_layer_norm_modulate_wide_reference = then(gate_add_wide_reference, laye
 gate_add_layer_norm_sums_reference = then(gate_add_sums_reference, layer_norm_wide_reference)
 gate_add_layer_norm_modulate_sums_reference = then(gate_add_sums_reference, layer_norm_modulate_sums_reference)
 gate_rms_norm_add_rms_norm_scale_reference = then(gate_rms_norm_add_reference, rms_norm_scale_reference)
-tanh_gate_rms_norm_add_rms_norm_modulate_reference = then(tanh_gate_rms_norm_add_reference, rms_norm_modulate_reference)
+gate_rms_norm_add_rms_norm_modulate_reference = then(gate_rms_norm_add_reference, rms_norm_modulate_reference)
