@@ -58,7 +58,11 @@ def namespaces(kind: type) -> Iterator[tuple[type, tuple[str, ...]]]:
     """A class and its bases, each with the names of its functions and numbers."""
     for base in kind.__mro__:
         if base not in _NOT_OF_MODELS:
-            yield base, tuple([name for name, value in list(vars(base).items()) if is_code(value)])
+            items = list(vars(base).items())
+            yield base, tuple([name for name, value in items if is_code(value) and not name.endswith(_REMEMBERED)])
+
+
+_REMEMBERED = "_cached_value"  # so end the names under which transformers' classes keep what they found in their source
 
 
 def functions_of(namespace: Mapping[str, Any]) -> list[Any]:

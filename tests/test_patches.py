@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast.tree import read
+from tests.tiny import text_encoder
 from tests.twins import TOLERANCE, Twin, relative_error
 
 
@@ -198,6 +199,20 @@ def test_a_number_that_a_processor_reads(reader: str, said: Any, monkeypatch: py
             torch.testing.assert_close(seen[-1], type(layer).forward(layer, x))
     assert relative_error(seen[2], seen[0]) == pytest.approx(0.5, abs=1e-3)
     assert sfast.report(layer).traces in (2, 3)  # what was known is asked again, where the code is the same
+
+
+def test_what_a_class_of_transformers_remembers_of_itself_is_no_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does when the first LoRA is loaded into any text encoder of its kind."""
+    encoder = sfast.compile(text_encoder())
+    kind, name, ids = type(encoder), "_can_set_experts_implementation_cached_value", torch.arange(6)[None]
+    for base in kind.__mro__:
+        if name in vars(base):
+            monkeypatch.delattr(base, name)
+    with torch.no_grad():
+        encoder(ids)
+        assert kind._can_set_experts_implementation() is False and name in vars(kind)
+        encoder(ids)
+    assert sfast.report(encoder).traces == 1
 
 
 class Stores(Processor):
