@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,7 @@ class TracingMode(TorchFunctionMode):
     - What Python makes of sizes are sizes: see `sizes.py`.
     - `repeat_interleave` by a size stays a shape operation: by a tensor it would be an index on the tensor's device.
     - `x[i:j] = y` spreads `y` by itself: the tracer would note the sizes of both as numbers.
+    - Dropout that drops nothing gives what it is given at once, as it does in eager.
     - True and False as numbers to fill with or compare to are 1 and 0: TorchScript knows no operators for them.
     - A module without hooks calls its forward at once: for every operator the tracer looks at all Python frames below it,
       which takes as long as everything else about tracing, and most of these frames are `Module.__call__`'s.
@@ -51,6 +53,8 @@ class TracingMode(TorchFunctionMode):
                 return result
             finally:
                 reads.given = before
+        if func in _DROPOUT and not _drops(*args, **(kwargs or {})):
+            return args[0]
         if func == self._data:
             return args[0].detach()
         if func in _ABOUT_MEMORY and _is_models(sys._getframe(1)):
@@ -123,6 +127,7 @@ _ABOUT_MEMORY = frozenset(
         *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn")],
     ]
 )
+_DROPOUT = frozenset((F.dropout, torch.dropout))
 _REPEAT = frozenset((torch.repeat_interleave, torch.Tensor.repeat_interleave))
 # Whose own affair it is.
 _OF_OPERATORS = ("torch.", "triton.", "sfast.", "xformers.", "flash_attn.")
@@ -169,6 +174,10 @@ def _is_basic(index: Any) -> bool:
     return all(type(part) is int or part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
 
 
+def _drops(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> bool:
+    return training and train
+
+
 def _is_size(repeats: Any = None, **_: Any) -> bool:
     return isinstance(repeats, torch.Tensor) and repeats.dim() == 0
 
@@ -189,7 +198,7 @@ def _is_plain(func: Any) -> bool:
     mended = (
         _ABOUT_MEMORY
         | _TAKE_A_NUMBER
-        | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *CONSTRUCTORS, *ARITHMETIC, *LIMITED}
+        | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *_DROPOUT, *CONSTRUCTORS, *ARITHMETIC, *LIMITED}
     )
     known = func in mended or asks(func) or getattr(func, "__name__", "") == "__setitem__"
     return not known and not isinstance(func, HigherOrderOperator)

@@ -19,9 +19,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
     [((2, 5, 33), 1), ((3, 7, 11), 2), ((7, 2), 1), ((2, 9000), 1), ((3, 320), 1), ((5,), 1)],
     ids=str,
 )
-@pytest.mark.parametrize("programs", [1, 1024], ids=["rows together", "row by row"])
-def test_layer_norm(programs, shape, dims, dtype, device, runs_kernel, monkeypatch) -> None:
-    monkeypatch.setattr(layer_norm, "PROGRAMS", programs)
+@pytest.mark.parametrize("many", [1, 1536], ids=["rows together", "row by row"])
+def test_layer_norm(many, shape, dims, dtype, device, runs_kernel, monkeypatch) -> None:
+    monkeypatch.setattr(layer_norm, "MANY", many)
     x = (torch.randn(shape) + 0.5).to(device, dtype)
     normalized_shape = list(shape[-dims:])
     weight, bias = (torch.randn(normalized_shape).to(device, dtype) for _ in range(2))
@@ -34,9 +34,9 @@ def test_layer_norm(programs, shape, dims, dtype, device, runs_kernel, monkeypat
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 33), (3, 320), (2, 4097)], ids=str)
-@pytest.mark.parametrize("programs", [1, 1024], ids=["rows together", "row by row"])
-def test_add_layer_norm(programs, shape, dtype, device, monkeypatch) -> None:
-    monkeypatch.setattr(layer_norm, "PROGRAMS", programs)
+@pytest.mark.parametrize("many", [1, 1536], ids=["rows together", "row by row"])
+def test_add_layer_norm(many, shape, dtype, device, monkeypatch) -> None:
+    monkeypatch.setattr(layer_norm, "MANY", many)
     x, residual = (torch.randn(shape).to(device, dtype) for _ in range(2))
     weight, bias = (torch.randn(shape[-1]).to(device, dtype) for _ in range(2))
     inputs = (x, residual, [shape[-1]], weight, bias, 1e-5)
