@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sfast import fallback
-from sfast.kernels import group_norm
+from sfast.kernels import group_norm, nearby
 from sfast.kernels.group_norm import add_group_norm_silu_reference, group_norm_reference, group_norm_silu_reference
 from tests.kernels.fp64 import assert_close_to_fp64
 
@@ -66,6 +66,19 @@ def test_shift(shift_shape, last, device) -> None:
     x, weight, bias = make((2, 20, 9, 11), torch.float32, device, last)
     inputs = (x, 3 * torch.randn(shift_shape, device=device), 2, weight, bias, 1e-5)
     assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+def test_a_small_group_at_a_further_shape(last, dtype, device, runs_kernel, monkeypatch) -> None:
+    for known in ("_compiled", "_avoided"):
+        monkeypatch.setattr(group_norm, known, set())
+    for shape in [(1, 20, 31, 37), (2, 20, 9, 11), (2, 20, 9, 11)]:
+        x, weight, bias = make(shape, dtype, device, last)
+        inputs = (x, torch.randn(shape[0], 20, 1, 1).to(device, dtype), 2, weight, bias, 1e-5)
+        with nearby.borrowing(device, wanted=shape[0] == 2):
+            assert_close_to_fp64(ops.add_group_norm_silu(*inputs), add_group_norm_silu_reference, *inputs)
+    assert len(group_norm._avoided) == len(group_norm._compiled) == int(runs_kernel)
 
 
 def test_a_shift_where_there_are_channels_alone(device) -> None:
