@@ -40,7 +40,7 @@ COMPONENTS: dict[str, dict[str, int]] = {
 }
 GROUP_NORMS = ("group_norm", "group_norm_silu", "add_group_norm_silu")
 TURNED = ("shift_transpose_layer_norm", "add_shift_transpose_layer_norm")  # of videos
-MODULATED = ("layer_norm_modulate", "add_layer_norm_modulate", "gate_add_layer_norm_modulate")
+MODULATED = tuple(f"{before}layer_norm_modulate" for before in ("", "add_", "gate_add_", "gate_add_twice_"))
 LAYER_NORMS = ("layer_norm", "add_layer_norm", *TURNED, *MODULATED)
 
 
