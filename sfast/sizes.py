@@ -54,8 +54,9 @@ class Sizes:
 
     def __init__(self, reads: Reads, keep: bool = True, checked: bool = False) -> None:
         self._reads = reads
-        # `len({h, w})` asks for more than it needs. Where each shape is compared with eager, the comparison tells instead.
-        self._shown = {name: shown for name, shown in _SHOWN.items() if name != "__hash__" or not (checked and keep)}
+        # `len({h, w})` asks for more than it needs: whether they are equal is noted anyway. Where each shape is compared with
+        # eager, the comparison tells the rest.
+        self._hashes_unnoted = checked and keep
         self._keeps = keep  # or else all that Python makes of sizes are numbers
         self.fractions: dict[int, Tensor] = {}  # of sizes, by their ids
         self._thread = 0
@@ -66,7 +67,7 @@ class Sizes:
         self._thread = threading.get_ident()
         for name, rounded in _ROUNDING.items():
             setattr(Tensor, name, self._rounding(*rounded))
-        for name, shown in self._shown.items():
+        for name, shown in _SHOWN.items():
             setattr(Tensor, name, self._showing(shown, getattr(getattr(Tensor, name), "own", getattr(Tensor, name))))
         self._files: list[dict[str, Any]] = []
         if self._keeps:
@@ -185,6 +186,9 @@ class Sizes:
                 and (id(x) in self.fractions or x.dtype is torch.int64)
                 and self._is_number(x)
             ):
+                if of_number is hash and self._hashes_unnoted:
+                    with torch._C.DisableTorchFunction():
+                        return hash(torch._C.TensorBase.item(x))
                 return of_number(x.item())
             return of_tensor(x, **options)
 
