@@ -76,21 +76,18 @@ def swap_lora(pipe: Any, adapters: Mapping[str | os.PathLike[str], float | dict[
             _activate(pipe, names, strengths)
             if unwanted := [name for name in loaded if _NAME_OF_FILE.fullmatch(name) and name not in names]:
                 pipe.delete_adapters(unwanted)
-            _swapped.update(parts)
+            _swapped.update({id(part): part for part in parts})
         except BaseException:
             before.undo()
             raise
 
 
-_swapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_swapped: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()  # by id
 
 
 def is_swapped(part: torch.nn.Module) -> bool:
     """Whether another set was made the active one since this was asked last: its next call has to look before it runs."""
-    if part not in _swapped:
-        return False
-    _swapped.discard(part)
-    return True
+    return _swapped.pop(id(part), None) is part
 
 
 def _checked(pipe: Any, adapter: Any, strength: Any) -> Any:
