@@ -274,26 +274,31 @@ def test_whoever_gives_up_waiting_holds_up_nobody(monkeypatch: pytest.MonkeyPatc
     def hold() -> None:
         with lock_of(b):
             held.set()
-            interrupted.wait(10)
+            interrupted.wait(60)
 
     def interrupt() -> None:
-        while not locks._queue:
-            time.sleep(0.001)
-        time.sleep(0.05)  # until the lock itself is waited for
-        os.kill(os.getpid(), signal.SIGINT)
+        while not interrupted.wait(0.01):
+            os.kill(os.getpid(), signal.SIGUSR1)
 
+    def handle(number: int, frame: Any) -> None:
+        if frame.f_code is locks._take.__code__ and frame.f_locals.get("lock") is lock_of(b):
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, handle)
     threads = [threading.Thread(target=hold), threading.Thread(target=interrupt)]
     lock_of(a)
     threads[0].start()
     held.wait()
     threads[1].start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), locks_of([a, b]):
-        pass
-    assert time.monotonic() - started < 5 and locks._queue == () and is_free(lock_of(a))
-    interrupted.set()
-    for thread in threads:
-        thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt), locks_of([a, b]):
+            pass
+        assert locks._queue == () and is_free(lock_of(a)) and not is_free(lock_of(b))
+    finally:
+        interrupted.set()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGUSR1, before)
     monkeypatch.setattr(locks, "COURTESY", 60.0)
     give_way(lock_of(b))
     with locks_of([a, b]):
