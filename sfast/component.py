@@ -276,6 +276,7 @@ class Component(Override):
         """Forget what was traced first, and what is known of its kind alone."""
         self._forget_traces([next(iter(self.traces))])
         self.decisions.keep({signature[:4] for signature in self.traces})
+        self.numbers.keep_only({signature[0] for signature in self.traces})
 
     def forget_undecided(self, call: Call) -> None:
         """Python decides by values that nobody looks at any more: forget the traces that these would lead to."""

@@ -139,7 +139,7 @@ class Numbers:
         if not changed or not places:
             return None
         erased, key = _without(structure, key_without, frozenset(places))
-        variants = family.variants.setdefault((erased, key, tuple(places)), [])
+        variants = family.variants.get((erased, key, tuple(places)), [])
         variant = next((each for each in variants if each.serves(values)), None)
         if variant is None:
             variant = Variant(next(self._names), places)
@@ -161,6 +161,16 @@ class Numbers:
         if len(self._known) >= MAX_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[signature] = given
+
+    def keep_only(self, structures: set[Hashable]) -> None:
+        """There are traces of these structures alone: what is known of numbers in others goes."""
+        for family in self._families.values():
+            alive = {
+                key: [each for each in variants if (key[0], each.name) in structures]  # type: ignore[index]
+                for key, variants in family.variants.items()
+            }
+            family.variants = {key: variants for key, variants in alive.items() if variants}
+        self._known = {key: each for key, each in self._known.items() if each.structure in structures}
 
     def pin(self, given: Given, places: set[Place] | None = None) -> None:
         """From now on there is a trace for each value at these places, or at all that were given."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import sfast
 from sfast import CompilationConfig, prepare, verify
+from sfast.component import component_of
 from sfast.numbers import CHECKS
 from sfast.recording import Number, Recording
 from tests.graphs import Pool, pool
@@ -258,6 +259,21 @@ def test_what_disagrees_is_traced_for_each_value(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Recording, "_number", rounds)
     assert traces(torch.mul, 0.7, 0.2, 1.3, 0.4) == 4
     assert len(wrong) == 1  # nobody tries again
+
+
+def test_nothing_is_kept_of_numbers_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "MAX_TRACES", 4)
+    monkeypatch.setattr(prepare, "USES", 0)
+    eager, compiled = pair(as_a_size)
+    numbers = component_of(compiled).numbers
+    x = torch.randn(3, 6)
+    for i in range(9):
+        for gain in (1.0, 2.0, 3.0):
+            eager.gain = compiled.gain = gain
+            torch.testing.assert_close(compiled(x, 0.1 * i), eager(x, 0.1 * i))
+    kept = [variants for family in numbers._families.values() for variants in family.variants.values()]
+    assert sfast.report(compiled).traces > 8 and 1 <= len(kept) <= 4 and all(kept)
+    assert 1 <= len(numbers._known) <= 4 * 3
 
 
 @pytest.fixture
