@@ -17,6 +17,8 @@ from tests.soak.run import MIB, Run, load, run, shrink
 OPERATIONS_IN_CI = 200
 # Over the second half; here not every trace and graph has been made by then. A copy of the weights has 20 MiB.
 GROWTH = {"host": 96 * MIB, "allocated": GRAPHS, "reserved": GRAPHS}
+# On a GPU cuDNN and cuBLASLt keep plans for each size, dtype and layout that they have met: eager alone 400 MiB for 64 sizes.
+PLANS = 160 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def check(result: Run, count: int) -> None:
     assert result.python < 0.7 * result.draws  # the others ran without Python's denoiser
     assert result.raised + result.flat < 0.1 * result.draws  # where there is nothing to compare
     for what, limit in GROWTH.items():
+        limit += PLANS if what == "host" and result.memory[-1].reserved else 0
         assert result.growth(what) < limit, f"{what} memory: {[getattr(one, what) for one in result.memory]}"
 
 
