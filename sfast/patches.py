@@ -9,7 +9,9 @@ the classes of a module tree to everything that they may call outside of torch.
 from __future__ import annotations
 
 import argparse
+import array
 import functools
+import numbers
 import operator
 import sys
 import types
@@ -79,7 +81,9 @@ def read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         value = place.get(name, torch)  # a module is of no interest, present or not
         # None in a library's file is a cache that is not filled yet: transformers fills one when a LoRA is loaded.
         watched = own or (is_code(value) and value is not None)
-        if watched and not isinstance(value, (type, types.ModuleType)):
+        if isinstance(value, type):  # of somebody's own: code may read what the class keeps
+            watched = own and is_users(value.__module__)
+        if watched and not isinstance(value, types.ModuleType):
             yield name, value
 
 
@@ -95,14 +99,24 @@ def getter(names: tuple[str, ...]) -> Getter:
 
 
 def is_small_array(value: Any) -> bool:
-    """Whether a value is an array of NumPy's whose contents are compared at every call."""
+    """Whether a value is an array (NumPy's or Python's) whose contents are compared at every call."""
     numpy = sys.modules.get("numpy")
+    if isinstance(value, (bytearray, array.array)):
+        return memoryview(value).nbytes <= LARGE_ARRAY
     return numpy is not None and isinstance(value, numpy.ndarray) and value.nbytes <= LARGE_ARRAY
 
 
-def in_array(array: Any) -> str:
-    """The contents of an array of NumPy's: the same object for the same values, while somebody keeps it."""
-    return sys.intern(f"{array.dtype} {array.shape} {array.tobytes().hex()}")
+def in_array(value: Any) -> str:
+    """The contents of an array: the same object for the same values, while somebody keeps it."""
+    if isinstance(value, bytearray):
+        return sys.intern(value.hex())
+    kind = value.typecode if isinstance(value, array.array) else f"{value.dtype} {value.shape}"
+    return sys.intern(f"{kind} {value.tobytes().hex()}")
+
+
+def is_value(value: Any) -> bool:
+    """Whether a value is a number (of NumPy's, a fraction) or a range, which nobody changes but exchanges."""
+    return isinstance(value, (numbers.Number, range))
 
 
 def in_cell(cell: types.CellType) -> Any:

@@ -35,6 +35,7 @@ class TracingMode(TorchFunctionMode):
 
     def __init__(self, keep_sizes: bool = True, checked: bool = False) -> None:
         super().__init__()
+        self._checked = checked
         self._data = torch.Tensor.data.__get__
         self._call = torch.nn.Module.__call__
         self.reads = Reads()
@@ -57,7 +58,8 @@ class TracingMode(TorchFunctionMode):
             return args[0]
         if func == self._data:
             return args[0].detach()
-        if func in _ABOUT_MEMORY and _is_models(sys._getframe(1)):
+        asks = func in _ABOUT_MEMORY or (func is torch.Tensor.is_contiguous and not self._checked)
+        if asks and _is_models(sys._getframe(1)):
             raise Untraceable(f"it asks what a tensor is a view of, or where it lies in memory: {where()}")
         if isinstance(func, HigherOrderOperator) or torch._C._functorch.maybe_current_level() is not None:
             raise Untraceable(f"it calls Python functions of elements (flex_attention, vmap): {where()}")
@@ -124,7 +126,7 @@ _ABOUT_MEMORY = frozenset(
     [
         *(_T.storage_offset, _T.data_ptr, _T.untyped_storage, _T.storage, _T._is_view, _T.is_inference, _T.is_pinned),
         *(_T.is_conj, _T.is_neg, torch.is_conj, torch.is_neg, torch.is_inference),
-        *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn")],
+        *[getattr(_T, name).__get__ for name in ("_base", "_version", "is_leaf", "grad_fn", "grad")],
     ]
 )
 _DROPOUT = frozenset((F.dropout, torch.dropout))
@@ -198,7 +200,8 @@ def _is_plain(func: Any) -> bool:
     mended = (
         _ABOUT_MEMORY
         | _TAKE_A_NUMBER
-        | {torch.Tensor.data.__get__, torch.full, *_REPEAT, *_DROPOUT, *CONSTRUCTORS, *ARITHMETIC, *LIMITED}
+        | {torch.Tensor.data.__get__, torch.Tensor.is_contiguous, torch.full}
+        | {*_REPEAT, *_DROPOUT, *CONSTRUCTORS, *ARITHMETIC, *LIMITED}
     )
     known = func in mended or asks(func) or getattr(func, "__name__", "") == "__setitem__"
     return not known and not isinstance(func, HigherOrderOperator)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from itertools import chain
 from typing import Any
@@ -160,9 +160,9 @@ class Tree:
             self._read_code(f"{function.__qualname__}.{name}", patches.in_cell(cell))
 
     def _read_code(self, path: str, value: Any) -> None:
-        if isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+        if isinstance(value, (types.ModuleType, torch.nn.Module)):
             return
-        if isinstance(value, types.FunctionType):
+        if isinstance(value, (types.FunctionType, type)):
             self.unread.append(value)
         else:
             _read_attribute(self, path, value)
@@ -220,6 +220,8 @@ def read(root: torch.nn.Module) -> Tree:
             if place:
                 tree.watch(place.values())
         tree.watch_attributes(module)
+        if patches.is_users(type(module).__module__):
+            tree.attributes[f"{path}.training"] = bool, module.training
         for place in (module._parameters, module._buffers):
             tree.weights += [(f"{path}.{name}", t) for name, t in place.items() if isinstance(t, torch.Tensor)]
         computed = _computed(module)
@@ -305,7 +307,7 @@ def _watch_adapters(tree: Tree, path: str, wrapper: torch.nn.Module, base: torch
     tree.adapted.append(Adapted(path, wrapper, base, tensors))
 
 
-def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
+def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 6) -> None:
     if isinstance(value, torch.Tensor):
         tree.weights.append((path, value))
     elif isinstance(value, PLAIN):
@@ -324,15 +326,17 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
         tree.attributes[path] = frozenset([item for item in value if isinstance(item, PLAIN)])
         tree.watch(value)
         tree.places += [value] if isinstance(value, set) else []
-    elif depth and isinstance(value, (list, tuple, dict)):
-        tree.attributes[path] = type(value), len(value)
+    elif depth and isinstance(value, (list, tuple, dict, deque)):
+        tree.attributes[path] = type(value), len(value), _order(value)
         if not isinstance(value, tuple):
             tree.watch(value.values() if isinstance(value, dict) else value)
-            tree.places.append(value)
+            tree.places += [] if isinstance(value, deque) else [value]
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _read_attribute(tree, f"{path}.{name}", item, depth - 1)
             if type(item) is float and type(value) in (dict, list):
                 tree.numbers[f"{path}.{name}"] = value, name
+    elif patches.is_value(value):
+        tree.attributes[path] = type(value), repr(value)
     elif patches.is_small_array(value):
         tree.attributes[path] = patches.in_array(value)
         tree.watch_values(patches.in_array, value)
@@ -346,6 +350,11 @@ def _read_attribute(tree: Tree, path: str, value: Any, depth: int = 3) -> None:
             for name in patches.slots_of(value):
                 tree.watch_values(operator.attrgetter(name), value)
                 _read_attribute(tree, f"{path}.{name}", getattr(value, name))
+
+
+def _order(value: Any) -> tuple[Any, ...]:
+    """The keys of a dictionary, as they follow each other."""
+    return tuple(value) if isinstance(value, dict) and all([type(key) in (str, int) for key in value]) else ()
 
 
 def is_foreign(hook: Any) -> bool:

@@ -1,11 +1,16 @@
 """What Python may decide by without looking into a tensor: each call gets what eager gives, or runs eager and says so."""
 
+import array
+import collections
 import contextlib
 import copy
+import fractions
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,6 +121,14 @@ def test_what_no_trace_can_repeat_runs_eager(use: Callable[..., Tensor], verify:
                 torch.testing.assert_close(compiled(x), eager(x))
     assert len(says(compiled)) == 1 and "runs eager: it asks" in says(compiled)[0]
     assert "test_environment.py" in says(compiled)[0]
+
+
+@both
+def test_how_a_tensor_is_laid_out(verify: bool) -> None:
+    eager, compiled = pair(lambda h, x: h if x.is_contiguous() else -h, verify)
+    for x in (X, torch.randn(6, 3).T, X, torch.randn(3, 12)[:, ::2]):
+        torch.testing.assert_close(compiled(x), eager(x))
+    assert verify or says(compiled)[0].startswith("runs eager: it asks what a tensor is a view of, or where it lies")
 
 
 class Counts(TorchFunctionMode):
@@ -247,3 +260,42 @@ def test_a_pipeline_under_a_mode_that_looks_at_every_operator(device: str, said:
         seen = twin.draws_as()
     assert mode.count > 100 and not twin.tells(plain, seen)
     assert twin.traces() == BOTH
+
+
+class Kept:
+    value = 1.0
+
+
+KEPT: dict[str, tuple[Any, Callable[[Any, float], Any], Callable[[Any], Any]]] = {
+    "sign of zero": (0.0, lambda a, v: -0.0 if v > 1 else 0.0, lambda a: math.copysign(1.0, a)),
+    "number of NumPy's": (np.float32(1.0), lambda a, v: np.float32(v), float),
+    "range": (range(1), lambda a, v: range(int(v)), len),
+    "fraction": (fractions.Fraction(1), lambda a, v: fractions.Fraction(int(v), 2), float),
+    "queue": (collections.deque([1.0, 2.0]), lambda a, v: (a.__setitem__(0, v), a)[1], lambda a: a[0]),
+    "array": (array.array("d", [1.0]), lambda a, v: (a.__setitem__(0, v), a)[1], lambda a: a[0]),
+    "bytes": (bytearray(b"a"), lambda a, v: (a.__setitem__(0, int(v)), a)[1], lambda a: a[0]),
+    "order of keys": (
+        {"a": 1.0, "b": 2.0},
+        lambda a, v: dict(reversed([*a.items()])),
+        lambda a: next(iter(a.values())),
+    ),
+    "nested": ([[[[1.0]]]], lambda a, v: (a[0][0][0].__setitem__(0, v), a)[1], lambda a: a[0][0][0][0]),
+    "of a class": (None, lambda a, v: setattr(Kept, "value", v), lambda a: Kept.value),
+}
+
+
+@both
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_module_keeps(name: str, verify: bool) -> None:
+    kept, change, read = KEPT[name]
+    eager, compiled = pair(lambda h, x: h, verify)
+    for net in (eager, compiled):
+        net.kept = copy.deepcopy(kept)
+        net.use = functools.partial(lambda net, h, x: h * read(net.kept), net)
+    seen: list[Tensor] = []
+    for value in (1.0, 2.0, 3.0, 1.0):
+        for net in (eager, compiled):
+            net.kept = change(net.kept, value)
+        seen.append(eager(X))
+        torch.testing.assert_close(compiled(X), seen[-1])
+    assert not torch.equal(seen[0], seen[1]) and says(compiled) == []
