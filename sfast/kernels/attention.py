@@ -50,14 +50,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
     if len(ways) == 1:
         return attention_reference(query, key, value, scale)
     question = f"attention of {query.dtype}: {_shapes(query, key, value)}"
-    return choice.fastest(question, ways, query, key, value, scale, layer=_layer(query, key, value))
+    layer = _layer(query, key, value)
+    return choice.fastest(question, ways, query, key, value, scale, layer=layer, under_load=True)
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     ways: dict[str, choice.Way] = {"torch": masked_attention_reference, "native": _native_masked}
     question = f"attention of {query.dtype} with a mask of {mask.dtype}: {_shapes(query, key, value, mask)}"
     layer = *_layer(query, key, value), mask.dtype
-    return choice.fastest(question, ways, query, key, value, mask, scale, layer=layer)
+    return choice.fastest(question, ways, query, key, value, mask, scale, layer=layer, under_load=True)
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -181,7 +181,7 @@ def test_masked_operator(dtype, device) -> None:
 def test_every_way_of_the_operator_is_right(device, monkeypatch) -> None:
     seen = []
 
-    def run_all(question: str, ways: dict[str, choice.Way], *inputs: Any, layer: Any) -> Tensor:
+    def run_all(question: str, ways: dict[str, choice.Way], *inputs: Any, layer: Any, under_load: bool) -> Tensor:
         for way in ways.values():
             assert_close_to_fp64(way(*inputs), attention_reference, *inputs)
         seen.append(list(ways))

@@ -210,6 +210,33 @@ def test_long_calls_are_timed_less_often(once, timed, monkeypatch) -> None:
     assert found == once / len(timed) and repetitions == timed
 
 
+@pytest.mark.parametrize(
+    ("cool", "warm", "answer"),
+    [
+        ({"first": 0.40, "own": 0.41, "slow": 0.9}, {"first": 0.50, "own": 0.42}, "own"),
+        ({"first": 0.40, "own": 0.30, "slow": 0.9}, {"first": 0.41, "own": 0.42}, "first"),
+        ({"first": 0.90, "own": 0.30, "slow": 0.9}, {"own": 0.9}, "own"),  # the others are hopeless
+        ({"first": 0.20, "own": 0.10, "slow": 0.9}, {}, "own"),  # too short to warm anything
+    ],
+)
+def test_long_calls_are_timed_on_a_warm_gpu(cool, warm, answer, monkeypatch) -> None:
+    ways = Ways(monkeypatch, **cool)
+    names = {way: name for name, way in ways.ways.items()}
+    timed = []
+
+    def time(way: choice.Way, inputs: tuple, repeats: int, sleep: int) -> tuple[float, float]:
+        timed.append((names[way], repeats * cool[names[way]]))
+        return 0.005, warm[names[way]]
+
+    monkeypatch.setattr(choice, "_timed", time)
+    assert choice._measure("twice", torch.device("cuda", 0), ways.ways, (X,), True) == answer
+    assert {name for name, _ in timed} == warm.keys()
+    assert all(ms >= choice.LOAD for _, ms in timed) and sum(ms for _, ms in timed) < 120 * len(warm) + 1
+    timed.clear()
+    assert choice._measure("twice", torch.device("cuda", 0), ways.ways, (X,)) == min(cool, key=lambda name: cool[name])
+    assert not timed
+
+
 @pytest.mark.gpu
 def test_times_on_a_gpu_are_the_kernels_own() -> None:
     device = torch.device("cuda", 0)
