@@ -22,7 +22,7 @@ from sfast import environment
 from sfast.component import component_of
 from sfast.loop import Loop
 from sfast.lora import SCALED_ARGUMENTS
-from tests.lora_user import STEPS, User, own_fallbacks, owners, use_two
+from tests.lora_user import STEPS, User, owners, unexpected_fallbacks, use_two
 from tests.tiny import PROMPT, SIZE, Pipeline
 from tests.tiny_transformers import IMAGES
 from tests.twins import relative_error, traces
@@ -95,7 +95,7 @@ def user(request: pytest.FixtureRequest, owners: Callable[[str, str], User], dev
     yield user
     if request.param in LORAS:
         user.finish()
-    assert own_fallbacks(user.pipe) == []
+    assert unexpected_fallbacks(user.pipe) == []
     user.whole = True
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sfast
-from sfast import CompilationConfig, merge
+from sfast import CompilationConfig, merged_linears
 from sfast.kernels.linear_together import are_adjacent
 from sfast.placement import owned_alone
 from tests import tiny
@@ -98,7 +98,7 @@ def test_a_weight_of_two_groups_has_one_place() -> None:
 
 
 def test_a_group_too_large_to_move_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "MAX_BYTES", 100)
+    monkeypatch.setattr(merged_linears, "MAX_BYTES", 100)
     eager, compiled = pair(Attention())
     x = torch.randn(2, 5, 6)
     agree(compiled(x), eager(x))
@@ -115,7 +115,7 @@ def test_a_large_group_is_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
             x = F.silu(x)
             return torch.stack([layer(x) for layer in self.layers])
 
-    monkeypatch.setattr(merge, "MAX_BYTES", 2 * (6 * 4 + 4) * 4)
+    monkeypatch.setattr(merged_linears, "MAX_BYTES", 2 * (6 * 4 + 4) * 4)
     eager, compiled = pair(Modulations())
     x = torch.randn(2, 6)
     agree(compiled(x), eager(x))
@@ -123,7 +123,7 @@ def test_a_large_group_is_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_layers_that_are_large_and_wide_alone_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "ENOUGH_BYTES", 4 * 8 * 32)
+    monkeypatch.setattr(merged_linears, "ENOUGH_BYTES", 4 * 8 * 32)
     square, wide = [nn.Linear(8, 8, False) for _ in range(2)], [nn.Linear(8, 32, False) for _ in range(2)]
     modules = nn.ModuleList([*square, *wide])
     inputs = torch.randn(3, 8)

@@ -17,7 +17,7 @@ from sfast.component import component_of
 from sfast.loop import Loop
 from sfast.mirrored import Mirrored
 from sfast.override import MethodOverride
-from tests.lora_user import STEPS, User, own_fallbacks, owners, use_two
+from tests.lora_user import STEPS, User, owners, unexpected_fallbacks, use_two
 from tests.test_image_transformer_pipelines import Reading, check, draw, draw_and_read
 from tests.tiny import PROMPT, SIZE, Pipeline, picture
 from tests.tiny_video import VIDEO
@@ -83,7 +83,7 @@ def user(request: pytest.FixtureRequest, owners: Callable[[str, str], User], dev
     user = owners(request.param, device)
     yield user
     user.finish()
-    assert own_fallbacks(user.pipe) == []
+    assert unexpected_fallbacks(user.pipe) == []
 
 
 def calls(name: str) -> list[dict[str, Any]]:
