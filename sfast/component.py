@@ -18,7 +18,7 @@ from sfast import fallback, launch, verify
 from sfast.caller import Caller
 from sfast.config import CompilationConfig
 from sfast.cuda_graph import make_room
-from sfast.decisions import Decisions
+from sfast.decisions import Decisions, Guard
 from sfast.environment import environment, why_eager
 from sfast.fusions import chosen_fusions
 from sfast.kv_cache import without_kv_cache
@@ -219,6 +219,11 @@ class Component(Override):
         """Have in a call's signature what Python will decide by the values of tensors, as far as that is known."""
         signature = call.signature[:4]
         call.signature = *signature, self.decisions.taken(signature, self.state.weights, call.tensors, self._loop)
+
+    def learn(self, call: Call, guard: Guard) -> None:
+        """Have a guard asked before such calls: at this one, Python has asked for what it computes."""
+        self.decisions.learn(call.signature, guard, self.state.weights, call.tensors, self._loop)
+        self.decide(call)
 
     def _is_in_the_same_loop(self) -> bool:
         """Whether this call comes from the loop that the last one came from, asked once for each call."""

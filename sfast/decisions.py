@@ -157,14 +157,24 @@ class Decisions:
         self._uses[signature] += answers in self._answers[signature]
         return answers
 
-    def learn(self, signature: tuple[Hashable, ...], guard: Guard) -> None:
+    def learn(
+        self,
+        signature: tuple[Hashable, ...],
+        guard: Guard,
+        weights: list[torch.Tensor],
+        tensors: list[torch.Tensor],
+        loop: Callable[[], int],
+    ) -> None:
         """At a call of `signature`, which ends with all that was `taken`, Python has asked for what `guard` computes.
 
         Raises:
-            DecidesByValue: it asks for other values again and again.
+            DecidesByValue: it asks for other values again and again, or for what the host cannot compute.
         """
         *key, answers = signature
         signature = tuple(key)
+        if guard.values(weights, tensors, loop()) is None:  # though this is the traced way: all ways would look alike
+            self._guards.pop(signature, None)
+            raise DecidesByValue(f"it decides in Python by values that the host cannot compute, {guard.where}")
         guards = self._guards.setdefault(signature, [])
         seen = self._answers.setdefault(signature, set())
         seen.add(answers)

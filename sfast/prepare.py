@@ -76,8 +76,7 @@ def prepare(component: Component, call: Call, check: verify.Check | None = None)
                 component.state.mark_self_modifying()
                 return _give_up(component, call, call.signature, CHANGES_ITSELF, check)
             if isinstance(traced, Trace) and traced.guard is not None:
-                component.decisions.learn(call.signature, traced.guard)
-                component.decide(call)
+                component.learn(call, traced.guard)
             if check is not None and check.disturbed():
                 break
             component.bring_together(traced)

@@ -274,3 +274,20 @@ def test_a_guard_is_asked_once_in_a_loop_and_again_in_the_next() -> None:
         assert len(asked) == count
     large += 1
     assert guard.values([], [large], 2) == (((), 2.0 * (SMALL + 1)),)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_question_that_the_host_cannot_answer(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operator may be there on a GPU alone: two calls of which nothing is known are not alike."""
+    model = _compiled(lambda x, mask: x if bool(mask.all()) else x * 5, verify=verify)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("\"all_cpu\" not implemented for 'Half'")
+
+    monkeypatch.setattr("sfast.decisions._on_the_host", refuse)
+    with torch.no_grad():
+        for value in (1.0, 0.0, 1.0):
+            mask = torch.full((3,), value)
+            torch.testing.assert_close(model(X, mask), _expected(model, X, mask))
+    ((_, why),) = sfast.report(model).fallbacks
+    assert "it decides in Python by values that the host cannot compute, test_decisions.py" in why
