@@ -97,7 +97,7 @@ def flatten(
         if kind not in _TENSORS or value.layout is not torch.strided:
             raise UnsupportedStructure(f"a tensor of type {_name(kind)} and layout {value.layout} cannot be traced")
         tensor = plain(value)
-        if tensor.__dict__:
+        if tensor.__dict__ and not all(map(_is_compilers, tensor.__dict__)):
             raise UnsupportedStructure("a tensor with attributes of somebody's own cannot be traced")
         tensors.append(tensor)
         return PARAMETER if kind is torch.nn.Parameter else TENSOR
@@ -187,6 +187,11 @@ def _zero_or_nan(kind: type, value: float) -> Hashable:
 def _carries(function: Any) -> bool:
     """Whether a function has values of its own."""
     return bool(getattr(function, "__closure__", None)) or bool(not isinstance(function, type) and vars_of(function))
+
+
+def _is_compilers(name: str) -> bool:
+    """Whether it is an attribute that torch.compile gives to results of another size than at first: a neighbour may be its."""
+    return name.startswith("_dynamo_")
 
 
 def vars_of(value: Any) -> Mapping[str, Any]:

@@ -91,3 +91,15 @@ def test_what_is_shared_is_shared_again() -> None:
 
 def test_shapes_for_a_log_line() -> None:
     assert describe_shapes([torch.ones(2, 4), torch.tensor(1)]) == "2x4, scalar"
+
+
+def test_results_of_a_neighbour_that_torch_compiles_are_tensors_like_others() -> None:
+    """It tells the next one about sizes that change, in attributes."""
+    neighbour = torch.compile(torch.nn.Linear(6, 6).eval(), dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        result = neighbour(torch.ones(3, 6))
+    result._dynamo_weak_dynamic_indices = {0}  # as older versions of PyTorch name it
+    assert flatten(result, []) == flatten(torch.ones(3, 6), [])
+    result.scale = 1.0
+    with pytest.raises(UnsupportedStructure, match="attributes of somebody's own"):
+        flatten(result, [])
