@@ -43,11 +43,19 @@ def lock_of(module: torch.nn.Module) -> threading.RLock:
 
 
 def give_way(lock: threading.RLock) -> None:
-    """To be called by a thread that will take a lock again and again, before it does: others have waited for longer."""
+    """To be called by a thread that will take a lock again and again, before it does: others have waited for longer.
+
+    But not in the middle of a call that they wait for the end of.
+    """
     for ref in _queue:  # mostly empty
         waiter = ref()
-        if waiter is not None and lock in waiter.wanted:
+        if waiter is not None and lock in waiter.wanted and not any(map(_is_mine, waiter.wanted)):
             waiter.served.wait(COURTESY)
+
+
+def _is_mine(lock: threading.RLock) -> bool:
+    """Whether this thread holds it; `threading.Condition` asks like this, too."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -306,12 +306,41 @@ def test_whoever_gives_up_waiting_holds_up_nobody(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_lock_that_is_waited_for_by_other_means_is_had_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that gives way holds what the one before it waits for."""
+    """What the one before waits for is held by somebody who waits for the one that gives way."""
     monkeypatch.setattr(locks, "COURTESY", 0.05)
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    order: list[str] = []
+    held, called = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_of(a):
+            held.set()
+            called.wait(60)
+
+    lock_of(b)
+    threads = [threading.Thread(target=hold), threading.Thread(target=change, args=(order, "both", [a, b]))]
+    threads[0].start()
+    held.wait()
+    threads[1].start()
+    while not locks._queue:
+        time.sleep(0.001)
+    give_way(lock_of(b))
+    with lock_of(b):
+        order.append("call")
+    called.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["call", "both"]
+
+
+def test_in_the_middle_of_a_call_nobody_gives_way_to_who_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled module may call others."""
+    monkeypatch.setattr(locks, "COURTESY", 60.0)
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
     order: list[str] = []
     thread = threading.Thread(target=change, args=(order, "both", [a, b]))
     lock_of(b)
+    start = time.monotonic()
     with lock_of(a):
         thread.start()
         while not locks._queue:
@@ -320,7 +349,7 @@ def test_a_lock_that_is_waited_for_by_other_means_is_had_in_the_end(monkeypatch:
         with lock_of(b):
             order.append("call")
     thread.join()
-    assert order == ["call", "both"]
+    assert order == ["call", "both"] and time.monotonic() - start < 30
 
 
 def test_eager_waits_for_nobody() -> None:
