@@ -34,6 +34,7 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 PLAIN = _VALUES + _CODE
 # Equal values of one of these types are the same to everybody; of an `int` or `float`, most are.
 _EXACT = frozenset((type(None), bool, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout))
+_CONTAINERS = frozenset((tuple, list, dict))
 _TENSORS = (torch.Tensor, torch.nn.Parameter, Mirrored)  # whoever has made another one may do anything in its operators
 
 TENSOR = ("tensor",)  # the place of one tensor in a description
@@ -108,13 +109,14 @@ def flatten(
         return ("plain", kind, value)
     if kind is float:
         return ("plain", kind, value) if value and value == value else _zero_or_nan(kind, value)
-    if isinstance(value, (*_VALUES, *_CODE)):
+    plainly = kind in _CONTAINERS  # most are, and all other questions take ten times as long as this one
+    if not plainly and isinstance(value, PLAIN):
         return _of_plain(kind, value)
     if containers is not None and not isinstance(value, tuple):
         if (number := containers.setdefault(id(value), -1)) >= 0:
             return ("shared", number)
         containers[id(value)] = len(containers) - 1
-    if dataclasses.is_dataclass(kind):
+    if not plainly and dataclasses.is_dataclass(kind):
         return _of_dataclass(kind, value, tensors, sizes_on, containers)
     if isinstance(value, (tuple, list)):
         _refuse_attributes(kind, value)
@@ -122,7 +124,7 @@ def flatten(
         on = [None if kind is list and type(item) is int else sizes_on for item in value]
         items = [flatten(item, tensors, where, containers) for item, where in zip(value, on, strict=True)]
         return ("sequence", kind, tuple(items))
-    if isinstance(value, Mapping) and (kind is dict or _takes_pairs(kind)):
+    if kind is dict or (isinstance(value, Mapping) and _takes_pairs(kind)):
         _refuse_attributes(kind, value)
         return ("mapping", kind, _of_items(value, tensors, sizes_on, containers))
     if isinstance(value, torch.Generator):
