@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 PIPELINES = "diffusers.pipelines."  # how the names of their files' modules begin
-DEPTH = 16  # of the calls between a pipeline and its model
+DEPTH = 32  # of the calls between a pipeline and this file: some fifteen are our own, and of `Module.__call__`
 BAR = "progress_bar"  # which every loop of diffusers makes for itself, and which ends with it
 CALLBACKS = ("callback_on_step_end", "callback")
 _TELLING = (BAR, "self", *CALLBACKS)
@@ -37,8 +37,15 @@ class Caller:
         same = bar is not None and self._bar() is bar
         if not same:
             self.loops += 1
-            self._bar, self._others = _nothing if bar is None else weakref.ref(bar), _has_others(names)
+            self._bar, self._others = _reference_to(bar), _has_others(names)
         return same and not self._others
+
+
+def _reference_to(bar: Any) -> Any:
+    try:
+        return _nothing if bar is None else weakref.ref(bar)
+    except TypeError:  # somebody's own kind of bar, of which nothing is known afterwards
+        return _nothing
 
 
 def _names(frame: FrameType | None) -> Mapping[str, Any]:

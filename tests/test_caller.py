@@ -171,3 +171,18 @@ def loop(self, caller, kept):
     assert names["loop"](pipe, Caller(), False) == ([False, True, True, True, True, True], None)
     found, mine = names["loop"](pipe, Caller(), True)
     assert found[::2] == [False, True, True] and mine["self"] is pipe  # somebody's own copy stays as it is
+
+
+@pytest.mark.parametrize(("bar", "expected"), [(Counter(), True), ([], False), (None, False)])
+def test_a_model_may_lie_deep_in_others_and_a_bar_may_be_anything(
+    bar: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ControlNets in a list, under hooks of accelerate: each brings some calls of its own."""
+    monkeypatch.setattr("sfast.caller._has_others", lambda names: False)
+    names: dict[str, Any] = {"__name__": f"{PIPELINES}invented", "ask": _deeper}
+    exec("def loop(progress_bar, caller): return ask(caller, 24), ask(caller, 24), ask(caller, 24)", names)
+    assert names["loop"](bar, Caller()) == (False, expected, expected)
+
+
+def _deeper(caller: Caller, levels: int) -> bool:
+    return _deeper(caller, levels - 1) if levels else caller.again()
