@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import sfast
-from sfast import environment
 from sfast.component import component_of
 from sfast.loop import Loop
 from sfast.lora import SCALED_ARGUMENTS
@@ -250,10 +249,7 @@ def draw_and_read(user: User, reading: Reading, waits: bool) -> None:
     assert len(reading.steps) == STEPS + 1
 
 
-def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(
-    user: User, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(environment, "HARMLESS", environment.HARMLESS | {Reading})
+def test_after_the_first_step_nothing_is_read_and_no_gpu_is_waited_for(user: User) -> None:
     reading = Reading()
     draw_and_read(user, reading, waits=user.name in WAITING)
     if user.twin.device == "cpu":  # on a GPU timesteps are read on the host
