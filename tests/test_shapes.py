@@ -275,7 +275,7 @@ def test_a_measured_choice_is_borrowed_too(monkeypatch: pytest.MonkeyPatch) -> N
     asked: list[int] = []
     best = {100: "double", 1000: "add"}
 
-    def measure(question: str, device: torch.device, ways: Any, inputs: tuple[Tensor, ...]) -> str:
+    def measure(question: str, device: torch.device, ways: Any, inputs: tuple[Tensor, ...], under_load: bool) -> str:
         asked.append(inputs[0].numel())
         return best[inputs[0].numel()]
 

@@ -101,10 +101,11 @@ def test_layer_norm() -> None:
 
 @pytest.mark.parametrize(("width", "block", "pieces"), [(3072, 1024, 3), (2240, 512, 5), (320, 64, 5)])
 def test_modulation(width, block, pieces) -> None:
-    names = ["x", "y", "weight_y", "gate", "weight", "bias", "scale", "shift", "out", "total"]
-    pointers = dict.fromkeys([*names, "gate_more", "scale_more", "shift_more"], HALF)
-    strides = {f"{name}_batch": 6 * S * width for name in ("x", "y", "gate", "scale", "shift", "more")}
-    strides |= {f"{name}_token": n * width for n, name in enumerate(("gate", "x", "y", "scale", "shift", "more"))}
+    names = ["x", "y", "z", "weight_y", "gate", "gate_z", "weight", "bias", "scale", "shift", "out", "total"]
+    pointers = dict.fromkeys([*names, "gate_more", "scale_more", "shift_more"], HALF) | {"run": "*i32"}
+    strided = ("gate", "x", "y", "scale", "shift", "gate_more", "scale_more", "shift_more", "z", "gate_z")
+    strides = {f"{name}_batch": 6 * S * width for name in strided}
+    strides |= {f"{name}_token": n * width for n, name in enumerate(strided)}
     sizes = {"T": S, "blocks": S, "width": width, "eps": 1e-6, "eps_y": 1e-6, "FLAGS": 4095 - modulate_kernels.RMS}
     tile = {"ROWS": max(1, 256 // block), "BLOCK": block, "PIECES": pieces, "OVERLAP": True}
     assert widths(
