@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-PIPELINES = "diffusers.pipelines."  # how the names of their files' modules begin
+# How the names of their files' modules begin; the last are pipelines of the community.
+PIPELINES = ("diffusers.pipelines.", "diffusers.modular_pipelines.", "diffusers_modules.")
 DEPTH = 32  # of the calls between a pipeline and this file: some fifteen are our own, and of `Module.__call__`
 BAR = "progress_bar"  # which every loop of diffusers makes for itself, and which ends with it
 CALLBACKS = ("callback_on_step_end", "callback")

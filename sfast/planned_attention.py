@@ -8,43 +8,32 @@ they do, although what runs afterwards has been chosen already. Flash attention 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import torch
 
-_lock = threading.Lock()
-_users = 0  # of the setting, which belongs to the whole process
+from sfast.trial import is_alone
 
 
 @contextlib.contextmanager
 def without_planned_attention(device: torch.device) -> Iterator[None]:
-    """Meanwhile PyTorch takes flash attention instead of cuDNN's, unless the caller has asked for certain kernels."""
-    if device.type != "cuda" or not _begin():
+    """Meanwhile PyTorch takes flash attention instead of cuDNN's, unless the caller has asked for certain kernels.
+
+    The setting belongs to the whole process: where other threads live, one of them might save it now and bring it back
+    later, so there it is left alone.
+    """
+    kernels = torch.backends.cuda
+    enabled = (
+        kernels.cudnn_sdp_enabled(),
+        kernels.flash_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(),
+        kernels.math_sdp_enabled(),
+    )
+    if device.type != "cuda" or not all(enabled) or not is_alone():
         yield
         return
+    kernels.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        _end()
-
-
-def _begin() -> bool:
-    global _users
-    kernels = torch.backends.cuda
-    with _lock:
-        if not (kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()):
-            return False
-        if not _users and not kernels.cudnn_sdp_enabled():
-            return False
-        _users += 1
-        kernels.enable_cudnn_sdp(False)
-        return True
-
-
-def _end() -> None:
-    global _users
-    with _lock:
-        _users -= 1
-        if not _users:
-            torch.backends.cuda.enable_cudnn_sdp(True)
+        kernels.enable_cudnn_sdp(True)

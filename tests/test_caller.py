@@ -164,7 +164,7 @@ def loop(self, caller, kept):
         found.append(last() is None)
     return found, mine
 """
-    names: dict[str, Any] = {"__name__": f"{PIPELINES}invented", "torch": torch, "weakref": weakref, "Bar": Counter}
+    names: dict[str, Any] = {"__name__": f"{PIPELINES[0]}invented", "torch": torch, "weakref": weakref, "Bar": Counter}
     exec(code, names)
     pipe = types.SimpleNamespace(scheduler=types.SimpleNamespace())
     monkeypatch.setattr("sfast.caller._has_others", lambda names: names["self"] is not pipe)
@@ -179,7 +179,7 @@ def test_a_model_may_lie_deep_in_others_and_a_bar_may_be_anything(
 ) -> None:
     """ControlNets in a list, under hooks of accelerate: each brings some calls of its own."""
     monkeypatch.setattr("sfast.caller._has_others", lambda names: False)
-    names: dict[str, Any] = {"__name__": f"{PIPELINES}invented", "ask": _deeper}
+    names: dict[str, Any] = {"__name__": f"{PIPELINES[0]}invented", "ask": _deeper}
     exec("def loop(progress_bar, caller): return ask(caller, 24), ask(caller, 24), ask(caller, 24)", names)
     assert names["loop"](bar, Caller()) == (False, expected, expected)
 
