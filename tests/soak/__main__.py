@@ -1,4 +1,8 @@
-"""`python -m tests.soak --operations 2000 --seed 7 --device cuda`: prints each operation, and how to repeat a failure."""
+"""`python -m tests.soak --operations 2000 --seed 7 --device cuda`: prints each operation, and how to repeat a failure.
+
+With `--eager` nothing is compiled. PyTorch and its libraries keep plans and kernels of their own for whatever they meet, and
+what memory grows by then is what the same operations with sfast are to be compared with.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+import sfast
 from tests.soak.operation import Step, choose
 from tests.soak.run import MIB, Run, load, run, shrink
 
@@ -26,7 +31,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no more are begun")
     parser.add_argument("--shrink", type=float, default=120, help="seconds to look for a shorter failing sequence")
     parser.add_argument("--growth", type=float, default=64, help="MiB by which memory may grow over the second half")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: what memory grows by without sfast")
     options = parser.parse_args()
+    if options.eager:
+        sfast.compile = lambda pipe, *_, **__: pipe  # type: ignore[assignment,misc]
     torch.set_num_threads(1)
     steps = options.replay or choose(options.operations, options.seed, torch.device(options.device))
     original, started = load(options.device), time.monotonic()
@@ -39,6 +47,8 @@ def main() -> int:
         print(f"python -m tests.soak --device {options.device} --replay {' '.join(map(str, shortest))}")
         return 1
     grown = {what: result.growth(what) / MIB for what in ("host", "allocated", "reserved")}
+    tenths = [result.memory[len(result.memory) * i // 10].host // MIB for i in range(10)] if result.memory else []
+    print("host memory at each tenth of the way:", ", ".join(map(str, tenths)), "MiB")
     print("growth over the second half:", ", ".join(f"{what} {size:.1f} MiB" for what, size in grown.items()))
     return int(max(grown.values()) > options.growth)
 
