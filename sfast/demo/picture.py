@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "grid (eager, compiled, their difference) and prints times, the largest difference and sfast.report(pipe).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=picture_file, default=Path("out/demo.png"), help="the picture to write")
+    parser.add_argument("--out", type=picture_file, default="out/demo.png", help="the picture to write")
     parser.add_argument("--steps", type=positive, default=demo.STEPS, help="denoising steps of each picture")
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"

@@ -108,3 +108,9 @@ def test_bad_options_are_refused(arguments, capsys):
 
 def test_an_empty_prompt_has_an_empty_caption():
     assert picture.wrap("", picture.ImageFont.load_default(14), 100) == [""]
+
+
+def test_the_folder_of_the_picture_is_made_also_where_nobody_names_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert picture.parse([]).out.parent.is_dir()
+    assert picture.parse([]).out.parent.resolve() == tmp_path / "out"
